@@ -1,0 +1,113 @@
+"""Flags that set the configuration: each is a key of `Config` with dashes, and beats the file.
+
+Names and meaning as in `sglang_router`.
+"""
+
+import argparse
+from pathlib import Path
+
+from extproc.config import Config, build, read_file
+from extproc.errors import ConfigError
+from extproc.load_model import LOAD_MODELS
+from extproc.policy import RANK_POLICIES, WORKER_POLICIES
+
+ALIASES = {"load_monitor_interval": "worker_load_check_interval"}
+"""Other gateways' names for the same setting: smg 1.13 renamed the interval."""
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and every setting. A flag that is not given is absent from the namespace."""
+    defaults = Config()
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; every flag below is a key in it")
+    workers = parser.add_argument_group("workers")
+    workers.add_argument(
+        "--prefill",
+        nargs="+",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar=("URL", "BOOTSTRAP_PORT"),
+        help="a prefill engine and its bootstrap port (a number, or 'none'; default: what the engine says, else 8998)",
+    )
+    workers.add_argument(
+        "--decode", action="append", default=argparse.SUPPRESS, metavar="URL", help="a decode engine; may be repeated"
+    )
+
+    def add(group: argparse._ArgumentGroup, name: str, kind: type = str, *, text: str, **options: object) -> None:
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" (default: {default:g})" if kind is float else f" (default: {default})"
+        flags = [
+            f"--{spelling.replace('_', '-')}" for spelling in (name, *(a for a, n in ALIASES.items() if n == name))
+        ]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+            options.setdefault("metavar", "N" if kind is int else "SECONDS" if kind is float else None)
+        if options.get("choices"):
+            del options["metavar"]
+        group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text + shown, **options)  # type: ignore[arg-type]
+
+    routing = parser.add_argument_group("routing")
+    policies, ranks = list(WORKER_POLICIES), list(RANK_POLICIES)
+    add(routing, "policy", choices=policies, text="how workers are picked, prefill and decode")
+    add(routing, "prefill_policy", choices=policies, text="the same for prefill only")
+    add(routing, "decode_policy", choices=policies, text="the same for decode only")
+    add(
+        routing,
+        "dp_minimum_tokens_scheduler",
+        bool,
+        text="send each request to the DP rank with the fewest tokens; off: the engine decides",
+    )
+    add(routing, "prefill_rank_policy", choices=ranks, text="how the DP rank of a prefill worker is picked")
+    add(routing, "decode_rank_policy", choices=ranks, text="how the DP rank of a decode worker is picked")
+    add(routing, "load_model", choices=list(LOAD_MODELS), text="what the load of a rank is")
+    add(routing, "max_payload_size", int, metavar="BYTES", text="largest request body; above it: 413")
+    add(routing, "retry_max_retries", int, text="further attempts with another pair")
+    add(routing, "request_timeout_secs", float, text="longest time for one request, stream included")
+    add(routing, "response_headers", bool, text="tell clients the picked workers in x-pd-* response headers")
+
+    checks = parser.add_argument_group("loads and health")
+    add(checks, "worker_load_check_interval", float, text="time between scrapes of a worker's loads")
+    add(checks, "worker_load_check_timeout", float, text="longest time for one scrape")
+    add(checks, "worker_startup_check_interval", float, text="time between checks of a worker that is not up yet")
+    add(checks, "worker_startup_timeout_secs", float, text="after this, a worker that did not come up is an error")
+    add(checks, "health_check_endpoint", metavar="PATH", text="path that answers 200 while an engine is well")
+    add(checks, "health_check_interval_secs", float, text="time between health checks")
+    add(checks, "health_check_timeout_secs", float, text="longest time for one health check")
+    add(checks, "health_failure_threshold", int, text="failed checks in a row that make a worker unhealthy")
+    add(checks, "health_success_threshold", int, text="good checks in a row that make it healthy again")
+
+    addresses = parser.add_argument_group("addresses")
+    add(addresses, "host", text="the gateway's address, for clients")
+    add(addresses, "port", int, text="the gateway's port, for clients")
+    add(addresses, "grpc_host", text="the ext_proc service's address, for Envoy")
+    add(addresses, "grpc_port", int, text="the ext_proc service's port, for Envoy")
+    add(addresses, "prometheus_host", text="address of the service's own metrics")
+    add(addresses, "prometheus_port", int, text="port of the service's own metrics")
+    add(addresses, "log_level", choices=["debug", "info", "warn", "error"], text="least severe messages to log")
+
+
+def config_from(args: argparse.Namespace, *, need_workers: bool = True) -> Config:
+    """The configuration from the file, if any, and the flags. Raises ConfigError."""
+    keys = read_file(args.config) if args.config else {}
+    flags = {name: value for name, value in vars(args).items() if name in Config.__struct_fields__}
+    if "prefill" in flags:
+        flags["prefill"] = [_prefill(words) for words in flags["prefill"]]
+    if "decode" in flags:
+        flags["decode"] = [{"url": url} for url in flags["decode"]]
+    config = build(keys, flags, source=str(args.config))
+    if need_workers and not (config.prefill and config.decode):
+        raise ConfigError("no workers: give at least one --prefill URL [BOOTSTRAP_PORT] and one --decode URL")
+    return config
+
+
+def _prefill(words: list[str]) -> dict[str, object]:
+    """`URL [BOOTSTRAP_PORT]`; 'none' and nothing mean that the engine is asked."""
+    if len(words) > 2:
+        raise ConfigError(f"--prefill {' '.join(words)}: expected URL [BOOTSTRAP_PORT]")
+    entry: dict[str, object] = {"url": words[0]}
+    if len(words) == 2 and words[1].lower() != "none":
+        if not words[1].isdecimal():
+            raise ConfigError(f"--prefill {' '.join(words)}: BOOTSTRAP_PORT must be a number or 'none'")
+        entry["bootstrap_port"] = int(words[1])
+    return entry

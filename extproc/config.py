@@ -1,0 +1,174 @@
+"""The configuration: one typed tree, read from YAML, completed by flags.
+
+Pure but for `read_file`. Every key of the file is a field here under the same name; a flag is the same name with
+dashes. Names and defaults follow `sglang_router` (0.3.2) where it has the setting.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from extproc.errors import ConfigError
+from extproc.model import Role, Worker
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+MIB = 1 << 20
+
+
+LogLevel = Literal["debug", "info", "warn", "error"]
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One engine. Everything but `url` is discovered from the engine when absent, and wins over it when set."""
+
+    url: str
+    bootstrap_port: Port | None = None
+    bootstrap_host: str | None = None
+    dp_size: Count | None = None
+    model: str | None = None
+    metrics_urls: tuple[str, ...] | None = None
+    """Where to scrape, in order of preference; a path is relative to `url`. Default: `Config.metrics_paths`."""
+
+    def to_worker(self, role: Role) -> Worker:
+        """The worker as far as the configuration knows it (not resolved, nothing discovered).
+
+        Raises ConfigError when the URL is not `http://host[:port]`.
+        """
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError(f"{role} worker url {self.url!r}: expected http://HOST[:PORT]")
+        if parts.path.strip("/") or parts.query or parts.username:
+            raise ConfigError(
+                f"{role} worker url {self.url!r}: expected http://HOST[:PORT] without path or credentials"
+            )
+        try:
+            port = parts.port or 80
+        except ValueError as error:
+            raise ConfigError(f"{role} worker url {self.url!r}: {error}") from None
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        prefill = role is Role.PREFILL
+        return Worker(
+            name=f"{host}:{port}",
+            role=role,
+            url=f"http://{host}:{port}",
+            endpoint=f"{host}:{port}" if is_ip(parts.hostname) else None,
+            bootstrap_host=(self.bootstrap_host or parts.hostname) if prefill else None,
+            bootstrap_port=self.bootstrap_port if prefill else None,
+            dp_size=self.dp_size,
+            model=self.model,
+        )
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that can be set. Times are in seconds, sizes in bytes."""
+
+    prefill: tuple[WorkerConfig, ...] = ()
+    decode: tuple[WorkerConfig, ...] = ()
+
+    host: str = "0.0.0.0"  # noqa: S104 - the gateway's public address, as sglang_router's default
+    port: Port = 30000
+    grpc_host: str = "127.0.0.1"
+    grpc_port: Port = 9002
+    """Envoy asks here. 9002 is the reference port of the endpoint-picker protocol."""
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: Port = 29000
+    log_level: LogLevel = "info"
+
+    policy: str = "power_of_two"
+    prefill_policy: str | None = None
+    decode_policy: str | None = None
+    dp_minimum_tokens_scheduler: bool = True
+    prefill_rank_policy: str | None = None
+    decode_rank_policy: str | None = None
+    """Per-role choice of the DP rank; default `minimum_tokens`, or `bootstrap_room` when the scheduler is off."""
+    load_model: str = "scraped"
+
+    worker_load_check_interval: Seconds = 10
+    worker_load_check_timeout: Seconds = 5
+    metrics_paths: tuple[str, ...] = ("/metrics", "/v1/loads?format=prometheus")
+    """Tried in this order until one gives per-rank loads."""
+
+    worker_startup_check_interval: Seconds = 30
+    worker_startup_timeout_secs: Seconds = 1800
+    health_check_endpoint: str = "/health"
+    health_check_interval_secs: Seconds = 5
+    health_check_timeout_secs: Seconds = 5
+    health_failure_threshold: Count = 3
+    health_success_threshold: Count = 1
+
+    max_payload_size: Count = 64 * MIB
+    response_headers: bool = False
+    """Name the picked workers to the client. Off: they are internal addresses."""
+    retry_max_retries: Annotated[int, Meta(ge=0)] = 2
+    """Further attempts with another pair, while the client has got nothing."""
+    request_timeout_secs: Seconds = 1800
+
+    def workers(self) -> list[Worker]:
+        """All workers of both roles, in the order given. Raises ConfigError for a bad URL or one listed twice."""
+        workers = [entry.to_worker(role) for role in Role for entry in getattr(self, role)]
+        seen = set[str]()
+        for worker in workers:
+            if worker.name in seen:
+                raise ConfigError(f"worker {worker.name} is listed twice")
+            seen.add(worker.name)
+        return workers
+
+    def worker_policy(self, role: Role) -> str:
+        """Name of the policy that picks the worker of a role."""
+        return (self.prefill_policy if role is Role.PREFILL else self.decode_policy) or self.policy
+
+    def rank_policy(self, role: Role) -> str:
+        """Name of the policy that picks the DP rank on the worker of a role."""
+        chosen = self.prefill_rank_policy if role is Role.PREFILL else self.decode_rank_policy
+        return chosen or ("minimum_tokens" if self.dp_minimum_tokens_scheduler else "bootstrap_room")
+
+
+def read_file(path: Path) -> dict[str, object]:
+    """The keys of a YAML file. Raises ConfigError when it cannot be read or is not a mapping."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top")
+    return content
+
+
+def build(file_keys: Mapping[str, object], flags: Mapping[str, object], source: str = "configuration") -> Config:
+    """The configuration from a file's keys and the flags given; flags win. Raises ConfigError that names the key."""
+    try:
+        msgspec.convert(dict(file_keys), Config)  # alone, so that an error says where it comes from
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_readable(error)}") from None
+    try:
+        config = msgspec.convert({**file_keys, **flags}, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"flags: {_readable(error)}") from None
+    config.workers()
+    return config
+
+
+def _readable(error: msgspec.ValidationError) -> str:
+    """msgspec's message with the key in front: `prefill[0].url: Expected ...`."""
+    message, _, path = str(error).partition(" - at `$.")
+    return f"{path.rstrip('`')}: {message}" if path else message
+
+
+def is_ip(host: str) -> bool:
+    """Whether a host (without brackets) is an IP address literal."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

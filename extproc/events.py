@@ -1,0 +1,170 @@
+"""What goes into an exchange and what comes out of it: the seam between the core and any transport.
+
+An Envoy asks on two gRPC streams for one request, a leg each. Events come from them, effects go back to them.
+No I/O, no protobuf: `wire` translates both ways.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from extproc.model import Placement
+from extproc.mutation import Headers
+
+
+class Leg(enum.StrEnum):
+    """Which of an exchange's two streams; sent by Envoy as the stream's `x-pd-leg` metadata."""
+
+    ROUTE = "route"
+    """Client → decode worker."""
+    PREFILL = "prefill"
+    """The mirrored request → prefill worker."""
+
+
+class Phase(enum.Enum):
+    """What an Answer answers: Envoy wants exactly one for each message, of the same kind."""
+
+    REQUEST_HEADERS = enum.auto()
+    REQUEST_BODY = enum.auto()
+    REQUEST_TRAILERS = enum.auto()
+    RESPONSE_HEADERS = enum.auto()
+    RESPONSE_BODY = enum.auto()
+    RESPONSE_TRAILERS = enum.auto()
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeaders:
+    """First event of a stream. Names are lower case; of a repeated one, the first value."""
+
+    headers: Mapping[str, str]
+    end_of_stream: bool
+    """There is no body."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    """The whole body."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHeaders:
+    """The worker's, or Envoy's own when it could not reach the worker."""
+
+    headers: Mapping[str, str]
+
+    @property
+    def status(self) -> int:
+        """HTTP status; 0 where there is none."""
+        return int(self.headers.get(":status", "0"))
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseBody:
+    """The whole body of a response; only where it was asked for."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trailers:
+    """Trailers of the request or response; of no interest, but Envoy waits for an answer."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Last event of a stream: its HTTP request is over, one way or another."""
+
+    aborted: bool
+    """The stream was reset rather than finished: the client or a worker went away."""
+
+
+Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers | Ended
+
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Let the request or response go on, changed."""
+
+    phase: Phase
+    set_headers: Headers = ()
+    remove_headers: tuple[str, ...] = ()
+    body: bytes | None = None
+    """Replaces the body; in answer to headers, the body is then never read. `content-length` is set with it."""
+    pick_route_again: bool = False
+    """Let Envoy choose the route by the new headers."""
+    skip_request_body: bool = False
+    want_response_body: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Immediate:
+    """End the HTTP request now, with this response; after response headers were sent, by truncation."""
+
+    status: int
+    headers: Headers
+    body: bytes
+    details: str
+    """Shows as response code details in Envoy's access log; one word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a reply on one of the exchange's streams."""
+
+    leg: Leg
+    reply: Answer | Immediate
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended, as far as the service can tell."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    """Bad input; no engine saw it."""
+    NO_WORKER = "no_worker"
+    PREFILL_FAILED = "prefill_failed"
+    DECODE_FAILED = "decode_failed"
+    ENGINE_REJECTED = "engine_rejected"
+    """An engine answered 4xx."""
+    ABORTED = "aborted"
+    """The client left, or a stream broke after the response had begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One attempt is over and nothing of it is charged any more. What the log line and the metrics say.
+
+    Times in seconds, None where it did not come to that.
+    """
+
+    outcome: Outcome
+    status: int
+    """What the client was answered, 0 if nothing."""
+    reason: str
+    endpoint: str
+    """The path for a generation request, else `other`."""
+    request_id: str
+    attempt: int
+    placement: Placement | None
+    direct_worker: str | None
+    batch_size: int
+    prompt_tokens: float
+    duration_s: float
+    decision_s: float | None
+    response_headers_s: float | None
+    """From the request's headers to the response's."""
+    prefill_s: float | None
+    """From dispatch to the end of the prefill leg."""
+
+
+Effect = Send | Finished

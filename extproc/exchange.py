@@ -1,0 +1,423 @@
+"""One request's life: events of its two streams in, effects out. The state machine, and its only home.
+
+No I/O. Rules:
+- Prefill is released when the prefill leg ends, decode when the route leg ends; both exactly once.
+- A leg that fails ends the other one: a failed prefill answers the client, an aborted client ends prefill.
+- A prefill stream whose room is not open is refused: its main leg is gone, or it never was.
+- Every failure before the response is marked for Envoy to retry with another pair; it comes back as a new exchange.
+
+Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ─response─> RESPONDING ─end─> OVER
+               └──────────> DIRECT ───────────────────response─────┘   (any state: refused → CLOSING ─end─> OVER)
+Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | REJECTED ─end─> OVER
+"""
+
+import enum
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+
+from extproc.config import Config
+from extproc.errors import BadRequest, EngineFailed, NoWorker, RequestError
+from extproc.events import (
+    Answer,
+    Effect,
+    Ended,
+    Event,
+    Finished,
+    Immediate,
+    Leg,
+    Outcome,
+    Phase,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Send,
+    Trailers,
+)
+from extproc.load import LoadTable
+from extproc.mutation import (
+    DECODE_ENDPOINT,
+    MODE,
+    PREFILL_ENDPOINT,
+    RETRY,
+    ROOM,
+    Headers,
+    Mutation,
+    mutate,
+    reserved,
+    response_headers,
+)
+from extproc.request import ENDPOINTS, Endpoint, check_length, parse, split_path
+from extproc.schedule import Scheduled, Scheduler
+
+Clock = Callable[[], float]
+
+RETRY_AFTER_S = 1
+"""`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
+
+MAX_REMEMBERED_FAILURES = 4096
+"""Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
+
+JSON_CONTENT: Headers = (("content-type", "application/json"),)
+
+
+class RouteState(enum.Enum):
+    """Where the route leg is."""
+
+    NEW = enum.auto()
+    BODY = enum.auto()
+    DISPATCHED = enum.auto()
+    DIRECT = enum.auto()
+    RESPONDING = enum.auto()
+    CLOSING = enum.auto()
+    """An immediate response was sent; only the end is still to come."""
+    OVER = enum.auto()
+
+
+class PrefillState(enum.Enum):
+    """Where the prefill leg is."""
+
+    EXPECTED = enum.auto()
+    SENT = enum.auto()
+    ANSWERED = enum.auto()
+    REJECTED = enum.auto()
+    """It answered 4xx; the body with the reason is awaited."""
+    OVER = enum.auto()
+
+
+class ProtocolViolation(Exception):
+    """Envoy sent something that its configuration rules out; says what to look at."""
+
+
+class Gateway:
+    """What exchanges share: configuration, scheduler, and the exchanges that are open, by room."""
+
+    def __init__(self, config: Config, table: LoadTable, scheduler: Scheduler, clock: Clock) -> None:
+        self.config = config
+        self.table = table
+        self.scheduler = scheduler
+        self.clock = clock
+        self._open: dict[int, Exchange] = {}
+        self._failed_workers: OrderedDict[str, set[str]] = OrderedDict()
+
+    @property
+    def open_rooms(self) -> int:
+        """Placed exchanges that have not finished."""
+        return len(self._open)
+
+    def find(self, headers: RequestHeaders) -> "Exchange | None":
+        """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
+        room = headers.headers.get(ROOM, "")
+        exchange = self._open.get(int(room)) if room.isdecimal() and len(room) < 20 else None
+        return exchange if exchange and exchange.prefill_state is PrefillState.EXPECTED else None
+
+    def opened(self, room: int, exchange: "Exchange") -> None:
+        """Enter a placed exchange."""
+        self._open[room] = exchange
+
+    def closed(self, room: int) -> None:
+        """Forget an exchange that has finished."""
+        del self._open[room]
+
+    def blame(self, request_id: str, worker_name: str) -> None:
+        """Remember a worker that failed a request, for the request's next attempt."""
+        if request_id:
+            self._failed_workers.setdefault(request_id, set()).add(worker_name)
+            if len(self._failed_workers) > MAX_REMEMBERED_FAILURES:
+                self._failed_workers.popitem(last=False)
+
+    def blamed(self, request_id: str) -> set[str]:
+        """Workers that failed earlier attempts of a request."""
+        return self._failed_workers.get(request_id, set())
+
+
+class Exchange:
+    """One attempt of one request. Made when its route stream opens."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.route_state = RouteState.NEW
+        self.prefill_state = PrefillState.EXPECTED
+        self._gateway = gateway
+        self._started_s = gateway.clock()
+        self._endpoint: Endpoint | None = None
+        self._request_id = ""
+        self._attempt = 1
+        self._strip: tuple[str, ...] = ()
+        self._scheduled: Scheduled | None = None
+        self._mutation: Mutation | None = None
+        self._direct_worker: str | None = None
+        self._batch_size = 0
+        self._prompt_tokens = 0.0
+        self._outcome = Outcome.OK
+        self._reason = ""
+        self._status = 0
+        self._status_of_prefill = 0
+        self._dispatched_s: float | None = None
+        self._decision_s: float | None = None
+        self._response_headers_s: float | None = None
+        self._prefill_s: float | None = None
+
+    def __repr__(self) -> str:
+        """For logs of bugs and for failing tests; holds nothing of the request's content."""
+        room = self._scheduled.placement.room if self._scheduled else None
+        return f"<Exchange room={room} route={self.route_state.name} prefill={self.prefill_state.name}>"
+
+    # The route leg
+
+    def route(self, event: Event) -> list[Effect]:
+        """Take one event of the route stream."""
+        try:
+            match event, self.route_state:
+                case Ended(), _:
+                    return self._route_ended(event.aborted)
+                case Trailers(), _:
+                    return [Send(Leg.ROUTE, Answer(event.phase))]
+                case _, RouteState.CLOSING:  # crossed with our immediate response
+                    return []
+                case RequestHeaders(), RouteState.NEW:
+                    return self._request(event)
+                case RequestBody(), RouteState.BODY:
+                    return self._place(event.body)
+                case ResponseHeaders(), RouteState.DISPATCHED | RouteState.DIRECT:
+                    return self._respond(event)
+                case ResponseHeaders(), RouteState.BODY:
+                    # Envoy's own answer, e.g. 413 when the body outgrew its buffer: it never got to us.
+                    return self._respond(event)
+        except RequestError as error:
+            return self._refuse(error)
+        raise ProtocolViolation(
+            f"route stream: unexpected {type(event).__name__} in state {self.route_state.name}: "
+            "compare the filter's processing_mode with `extproc envoy`"
+        )
+
+    def _request(self, event: RequestHeaders) -> list[Effect]:
+        headers = event.headers
+        self._request_id = headers.get("x-request-id", "")
+        attempt = headers.get("x-envoy-attempt-count", "")
+        self._attempt = int(attempt) if attempt.isdecimal() else 1
+        self._strip = reserved(headers)
+        if headers.get(":method") == "POST":
+            self._endpoint = ENDPOINTS.get(split_path(headers.get(":path", "")))
+        if self._endpoint is None:
+            return self._pass_on(event)
+        length = headers.get("content-length", "")
+        if length.isdecimal():
+            check_length(int(length), self._gateway.config.max_payload_size)
+        encoding = headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise BadRequest(f"content-encoding {encoding!r} is not supported: send the JSON body uncompressed")
+        if event.end_of_stream:
+            raise BadRequest("the request body is empty: send a JSON object")
+        self._gateway.scheduler.check_available()  # rather than after an upload in vain
+        self.route_state = RouteState.BODY
+        return [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
+
+    def _pass_on(self, event: RequestHeaders) -> list[Effect]:
+        worker = self._gateway.scheduler.pick_direct().worker
+        self._direct_worker = worker.name
+        self.route_state = RouteState.DIRECT
+        answer = Answer(
+            Phase.REQUEST_HEADERS,
+            set_headers=((MODE, "direct"), (DECODE_ENDPOINT, worker.endpoint or "")),
+            remove_headers=self._strip,
+            pick_route_again=True,
+            skip_request_body=not event.end_of_stream,
+        )
+        return [Send(Leg.ROUTE, answer)]
+
+    def _place(self, body: bytes) -> list[Effect]:
+        gateway = self._gateway
+        before_s = gateway.clock()
+        check_length(len(body), gateway.config.max_payload_size)
+        assert self._endpoint is not None  # noqa: S101 - state BODY has one
+        request = parse(self._endpoint, body, models=gateway.table.models())
+        self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
+        scheduled = gateway.scheduler.place(
+            request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()
+        )
+        self._scheduled = scheduled
+        gateway.opened(scheduled.placement.room, self)
+        self._mutation = mutate(request, scheduled.placement, body)
+        self._dispatched_s = gateway.clock()
+        self._decision_s = self._dispatched_s - before_s
+        self.route_state = RouteState.DISPATCHED
+        answer = Answer(
+            Phase.REQUEST_BODY,
+            set_headers=self._mutation.headers,
+            remove_headers=self._strip,
+            body=self._mutation.decode_body,
+            pick_route_again=True,
+        )
+        return [Send(Leg.ROUTE, answer)]
+
+    def _respond(self, event: ResponseHeaders) -> list[Effect]:
+        """The decode worker (or Envoy in its place) answers."""
+        self.route_state = RouteState.RESPONDING
+        self._status = event.status
+        self._response_headers_s = self._gateway.clock() - self._started_s
+        headers: Headers = ()
+        effects: list[Effect] = []
+        if self._scheduled:
+            if self._gateway.config.response_headers:
+                headers = response_headers(self._scheduled.placement)
+            if event.status >= 400:
+                effects = self._end_prefill("decode_failed")
+        if event.status >= 500:
+            self._fail(Outcome.DECODE_FAILED, f"decode worker answered {event.status}")
+            if self._scheduled and event.status in {502, 503}:
+                headers = (*headers, (RETRY, "decode"))
+                self._gateway.blame(self._request_id, self._scheduled.placement.decode.worker.name)
+        elif event.status >= 400:
+            self._fail(Outcome.ENGINE_REJECTED, f"answered {event.status}")
+        answer = Answer(Phase.RESPONSE_HEADERS, set_headers=headers, remove_headers=reserved(event.headers))
+        return [Send(Leg.ROUTE, answer), *effects]
+
+    def _route_ended(self, aborted: bool) -> list[Effect]:
+        before, self.route_state = self.route_state, RouteState.OVER
+        if before in {RouteState.NEW, RouteState.BODY, RouteState.DISPATCHED, RouteState.DIRECT}:
+            self._fail(Outcome.ABORTED, "the client left before the response")
+            aborted = True
+        elif aborted and before is RouteState.RESPONDING:
+            self._fail(Outcome.ABORTED, "the stream broke during the response")
+        if self._scheduled is None:
+            return [self._finish()]
+        self._gateway.table.release(self._scheduled.decode)
+        if self.prefill_state is PrefillState.EXPECTED:
+            # Its stream may still come; then it finds the room closed and is refused.
+            self.prefill_state = PrefillState.OVER
+        if self.prefill_state is PrefillState.OVER:
+            return [self._finish()]
+        # After a normal end prefill may take its time: it has handed over the KV cache and only its answer is due.
+        return self._end_prefill("client_gone") if aborted else []
+
+    def _refuse(self, error: RequestError) -> list[Effect]:
+        """Answer the client with an error; the one place where typed errors become responses."""
+        # The message goes to the client only: it can hold what the client sent.
+        reason = f"{type(error).__name__}({error.param or ''})"
+        self._fail(Outcome.NO_WORKER if isinstance(error, NoWorker) else Outcome.REFUSED, reason)
+        return [self._close_route(error)]
+
+    def _close_route(self, error: RequestError, *extra: tuple[str, str]) -> Send:
+        headers = JSON_CONTENT + extra
+        if error.status == 503:
+            headers = (*headers, ("retry-after", str(RETRY_AFTER_S)))
+        self._status = error.status
+        self.route_state = RouteState.CLOSING
+        return Send(Leg.ROUTE, Immediate(error.status, headers, error_body(error), type(error).__name__))
+
+    # The prefill leg
+
+    def prefill(self, event: Event) -> list[Effect]:
+        """Take one event of the prefill stream."""
+        match event, self.prefill_state:
+            case Ended(), _:
+                return self._prefill_ended()
+            case Trailers(), _:
+                return [Send(Leg.PREFILL, Answer(event.phase))]
+            case _, PrefillState.OVER:  # crossed with our immediate response
+                return []
+            case RequestHeaders(), PrefillState.EXPECTED:
+                return self._send_prefill()
+            case ResponseHeaders(), PrefillState.SENT:
+                return self._prefill_answered(event.status)
+            case ResponseBody(), PrefillState.REJECTED:
+                return [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY)), *self._pass_on_rejection(event.body)]
+        raise ProtocolViolation(
+            f"prefill stream: unexpected {type(event).__name__} in state {self.prefill_state.name}: "
+            "compare the filter's processing_mode with `extproc envoy`"
+        )
+
+    def _send_prefill(self) -> list[Effect]:
+        assert self._mutation is not None  # noqa: S101 - only placed exchanges are found by a prefill stream
+        assert self._scheduled is not None  # noqa: S101
+        self.prefill_state = PrefillState.SENT
+        body, endpoint = self._mutation.prefill_body, self._scheduled.placement.prefill.worker.endpoint
+        self._mutation = None  # both bodies are on their way; a long stream need not keep them in memory
+        answer = Answer(Phase.REQUEST_HEADERS, set_headers=((PREFILL_ENDPOINT, endpoint or ""),), body=body)
+        return [Send(Leg.PREFILL, answer)]
+
+    def _prefill_answered(self, status: int) -> list[Effect]:
+        rejected = 400 <= status < 500
+        self.prefill_state = PrefillState.REJECTED if rejected else PrefillState.ANSWERED
+        go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=rejected))
+        self._status_of_prefill = status
+        return [go_on] if status < 500 else [go_on, *self._fail_prefill(f"answered {status}")]
+
+    def _pass_on_rejection(self, body: bytes) -> list[Effect]:
+        """Prefill answered 4xx: the client gets the engine's own status and words, and no retry."""
+        if self.route_state is not RouteState.DISPATCHED:
+            return self._fail_prefill(f"answered {self._status_of_prefill}")
+        self._fail(Outcome.ENGINE_REJECTED, f"prefill worker answered {self._status_of_prefill}")
+        self._status = self._status_of_prefill
+        self.route_state = RouteState.CLOSING
+        return [Send(Leg.ROUTE, Immediate(self._status, JSON_CONTENT, body, "prefill_rejected"))]
+
+    def _fail_prefill(self, what: str) -> list[Effect]:
+        assert self._scheduled is not None  # noqa: S101
+        name = self._scheduled.placement.prefill.worker.name
+        if self.route_state not in {RouteState.DISPATCHED, RouteState.RESPONDING}:
+            return []
+        self._fail(Outcome.PREFILL_FAILED, f"prefill worker {what}")
+        self._gateway.blame(self._request_id, name)
+        # Without workers' names: they are internal addresses.
+        return [self._close_route(EngineFailed(f"the prefill worker failed: it {what}"), (RETRY, "prefill"))]
+
+    def _prefill_ended(self) -> list[Effect]:
+        before, self.prefill_state = self.prefill_state, PrefillState.OVER
+        if self._dispatched_s is not None:
+            self._prefill_s = self._gateway.clock() - self._dispatched_s
+        assert self._scheduled is not None  # noqa: S101
+        self._gateway.table.release(self._scheduled.prefill)
+        effects: list[Effect] = []
+        if before is PrefillState.SENT:
+            effects = self._fail_prefill("closed the connection without an answer")
+        elif before is PrefillState.REJECTED:
+            effects = self._pass_on_rejection(b"")
+        return [*effects, self._finish()] if self.route_state is RouteState.OVER else effects
+
+    def _end_prefill(self, details: str) -> list[Effect]:
+        """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
+        if self.prefill_state not in {PrefillState.SENT, PrefillState.ANSWERED, PrefillState.REJECTED}:
+            return []
+        return [Send(Leg.PREFILL, Immediate(499, (), b"", details))]
+
+    # The end
+
+    def _fail(self, outcome: Outcome, reason: str) -> None:
+        """Note why; the first reason stands, as others follow from it."""
+        if self._outcome is Outcome.OK:
+            self._outcome, self._reason = outcome, reason
+
+    def _finish(self) -> Finished:
+        if self._scheduled:
+            self._gateway.table.release(self._scheduled.prefill)
+            self._gateway.table.release(self._scheduled.decode)
+            self._gateway.closed(self._scheduled.placement.room)
+        return Finished(
+            outcome=self._outcome,
+            status=self._status,
+            reason=self._reason,
+            endpoint=self._endpoint or "other",
+            request_id=self._request_id,
+            attempt=self._attempt,
+            placement=self._scheduled.placement if self._scheduled else None,
+            direct_worker=self._direct_worker,
+            batch_size=self._batch_size,
+            prompt_tokens=self._prompt_tokens,
+            duration_s=self._gateway.clock() - self._started_s,
+            decision_s=self._decision_s,
+            response_headers_s=self._response_headers_s,
+            prefill_s=self._prefill_s,
+        )
+
+
+def refuse_prefill() -> Send:
+    """What a prefill stream gets whose room is not open."""
+    return Send(Leg.PREFILL, Immediate(410, (), b"", "unknown_room"))
+
+
+def error_body(error: RequestError) -> bytes:
+    """An error in OpenAI's form."""
+    content = {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}
+    return json.dumps({"error": content}).encode()

@@ -1,0 +1,166 @@
+"""The gRPC transport: Envoy's streams in, events to exchanges, effects back out.
+
+I/O only: decides nothing. One coroutine a stream; each writes what its exchange answers on its own stream and, when
+the two legs affect each other, on the other one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from extproc import wire
+from extproc.events import Effect, Ended, Finished, Leg, RequestHeaders, Send
+from extproc.exchange import Exchange, Gateway, ProtocolViolation, refuse_prefill
+
+logger = logging.getLogger(__name__)
+
+LEG_METADATA = "x-pd-leg"
+"""gRPC metadata by which Envoy's two filters say which leg a stream is for (`initial_metadata` of its grpc_service)."""
+
+MESSAGE_SLACK_BYTES = 1 << 20
+"""On top of the largest body, for headers and framing."""
+
+
+class Context(Protocol):
+    """The part of `grpc.aio.ServicerContext` that is used; grpcio has no types of its own."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        """Metadata of the call."""
+
+    async def read(self) -> bytes:
+        """The next message, or `grpc.aio.EOF`."""
+
+    async def write(self, message: bytes) -> None:
+        """Send a message."""
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        """End the call with an error."""
+
+
+class ExternalProcessor:
+    """Serves `envoy.service.ext_proc.v3.ExternalProcessor` with exchanges."""
+
+    def __init__(self, gateway: Gateway, finished: Callable[[Finished], None]) -> None:
+        """`finished` is told of every attempt that is over."""
+        self._gateway = gateway
+        self._finished = finished
+        self._streams: dict[tuple[Exchange, Leg], _Stream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that belong to an exchange."""
+        return len(self._streams)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What to add to a server. Without (de)serialisers: `wire` does that."""
+        process = grpc.stream_stream_rpc_method_handler(self.process)
+        return grpc.method_handlers_generic_handler(wire.SERVICE, {"Process": process})
+
+    async def process(self, _requests: object, context: Context) -> None:
+        """One stream, from its first message to its end."""
+        metadata = dict(context.invocation_metadata() or ())
+        leg = Leg.PREFILL if metadata.get(LEG_METADATA) == Leg.PREFILL else Leg.ROUTE
+        stream = _Stream(context)
+        try:
+            if leg is Leg.ROUTE:
+                await self._run(Exchange(self._gateway), leg, stream)
+            else:
+                await self._run_prefill(stream)
+        except (wire.WireError, ProtocolViolation) as error:
+            logger.warning("%s", error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _run_prefill(self, stream: "_Stream") -> None:
+        """A prefill stream belongs to the exchange whose room its first message names."""
+        data = await stream.read()
+        if data is None:
+            return
+        event = wire.decode(data)
+        exchange = self._gateway.find(event) if isinstance(event, RequestHeaders) else None
+        if exchange is None:
+            await stream.write(wire.encode(refuse_prefill().reply))
+            return
+        await self._run(exchange, Leg.PREFILL, stream, first=data)
+
+    async def _run(self, exchange: Exchange, leg: Leg, stream: "_Stream", first: bytes | None = None) -> None:
+        take = exchange.route if leg is Leg.ROUTE else exchange.prefill
+        self._streams[exchange, leg] = stream
+        aborted = True
+        try:
+            data = first or await stream.read()
+            while data is not None:
+                await self._apply(exchange, take(wire.decode(data)))
+                data = await stream.read()
+            aborted = False
+        finally:
+            # Also when the stream was cancelled or a bug broke out: nothing may stay charged.
+            del self._streams[exchange, leg]
+            stream.closed = True
+            effects = take(Ended(aborted))
+            self._report(effects)
+            # Not awaited here: this coroutine may be cancelled already.
+            for effect in effects:
+                if isinstance(effect, Send):
+                    task = asyncio.create_task(self._send(exchange, effect))
+                    self._tasks.add(task)  # the event loop itself keeps weak references only
+                    task.add_done_callback(self._tasks.discard)
+
+    async def _apply(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
+        self._report(effects)
+        for effect in effects:
+            if isinstance(effect, Send):
+                await self._send(exchange, effect)
+
+    def _report(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Finished):
+                self._finished(effect)
+
+    async def _send(self, exchange: Exchange, send: Send) -> None:
+        stream = self._streams.get((exchange, send.leg))
+        if stream is not None:
+            await stream.write(wire.encode(send.reply))
+
+
+class _Stream:
+    """One gRPC stream; writes may come from its own coroutine and from the other leg's."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._writing = asyncio.Lock()
+        self.closed = False
+
+    async def read(self) -> bytes | None:
+        """The next message; None at the end."""
+        data = await self._context.read()
+        return None if data is grpc.aio.EOF else data
+
+    async def write(self, data: bytes) -> None:
+        """Write a message; one for a stream that has ended meanwhile is dropped."""
+        async with self._writing:
+            if self.closed:
+                return
+            try:
+                await self._context.write(data)
+            except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.RpcError) as error:
+                # The HTTP request ended while the answer was on its way: its stream's own end does the rest.
+                logger.debug("a reply came too late: %s", error)
+
+
+def make_server(processor: ExternalProcessor, max_payload_bytes: int) -> grpc.aio.Server:
+    """A gRPC server with the processor on it; the caller binds, starts and stops it."""
+    limit = max_payload_bytes + MESSAGE_SLACK_BYTES
+    options = [
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", limit),
+        # A second service must not silently share the port with the first.
+        ("grpc.so_reuseport", 0),
+    ]
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((processor.handler(),))
+    return server

@@ -1,0 +1,151 @@
+"""What the service says of itself: Prometheus metrics, and one log line for each attempt.
+
+Never prompts, bodies or credentials: only what `Finished` holds. Gauges are read off the load table when asked for.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from extproc.events import Finished, Outcome
+from extproc.load import LoadTable
+from extproc.model import Pick
+
+logger = logging.getLogger("extproc.request")
+
+DECISION_BUCKETS_S = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+"""Around the tens of microseconds that a decision costs, up to what a 64 MiB body takes."""
+
+LEG_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+"""Time to first token of production LLMs lies between tens of milliseconds and a minute."""
+
+
+class Telemetry:
+    """Counts and logs finished attempts and scrapes."""
+
+    def __init__(self, table: LoadTable, clock: Callable[[], float], open_exchanges: Callable[[], int]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._attempts = Counter(
+            "extproc_attempts",
+            "Attempts at requests that ended, by outcome. A retried request has several.",
+            ["endpoint", "outcome", "status"],
+            registry=registry,
+        )
+        self._decision = Histogram(
+            "extproc_decision_seconds",
+            "From a request's body to its placement and new bodies.",
+            buckets=DECISION_BUCKETS_S,
+            registry=registry,
+        )
+        self._response_headers = Histogram(
+            "extproc_response_headers_seconds",
+            "From a request's headers to the decode worker's response headers.",
+            ["endpoint"],
+            buckets=LEG_BUCKETS_S,
+            registry=registry,
+        )
+        self._prefill = Histogram(
+            "extproc_prefill_leg_seconds",
+            "From dispatch to the end of the prefill leg.",
+            ["worker"],
+            buckets=LEG_BUCKETS_S,
+            registry=registry,
+        )
+        self._scrapes = Histogram(
+            "extproc_scrape_seconds",
+            "Time a scrape of a worker's loads took.",
+            ["worker"],
+            buckets=LEG_BUCKETS_S,
+            registry=registry,
+        )
+        self._scrape_failures = Counter(
+            "extproc_scrape_failures", "Scrapes that gave no loads.", ["worker"], registry=registry
+        )
+        registry.register(_Gauges(table, clock, open_exchanges))
+
+    def finished(self, record: Finished) -> None:
+        """An attempt is over."""
+        self._attempts.labels(record.endpoint, record.outcome, record.status).inc()
+        if record.decision_s is not None:
+            self._decision.observe(record.decision_s)
+        if record.response_headers_s is not None and record.outcome is Outcome.OK:
+            self._response_headers.labels(record.endpoint).observe(record.response_headers_s)
+        if record.prefill_s is not None and record.placement:
+            self._prefill.labels(record.placement.prefill.worker.name).observe(record.prefill_s)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", log_line(record))
+
+    def scraped(self, worker_name: str, duration_s: float, failed: bool) -> None:
+        """A scrape is over."""
+        self._scrapes.labels(worker_name).observe(duration_s)
+        if failed:
+            self._scrape_failures.labels(worker_name).inc()
+
+
+def log_line(record: Finished) -> str:
+    """One attempt as `key=value` pairs, in a fixed order."""
+    pairs: dict[str, object] = {
+        "outcome": record.outcome,
+        "status": record.status,
+        "endpoint": record.endpoint,
+        "request_id": record.request_id or "-",
+        "attempt": record.attempt,
+    }
+    if record.placement:
+        pairs |= {
+            "prefill": _pick(record.placement.prefill),
+            "decode": _pick(record.placement.decode),
+            "room": record.placement.room,
+            "prompts": record.batch_size,
+            "tokens": round(record.prompt_tokens),
+        }
+    elif record.direct_worker:
+        pairs["decode"] = record.direct_worker
+    times = {"response_headers": record.response_headers_s, "prefill": record.prefill_s, "duration": record.duration_s}
+    pairs |= {f"{name}_ms": f"{seconds * 1e3:.1f}" for name, seconds in times.items() if seconds is not None}
+    if record.reason:
+        pairs["reason"] = f'"{record.reason}"'
+    return " ".join(f"{name}={value}" for name, value in pairs.items())
+
+
+def _pick(pick: Pick) -> str:
+    return f"{pick.worker.name}/{'-' if pick.dp_rank is None else pick.dp_rank}"
+
+
+class _Gauges(Collector):
+    """The load table and open exchanges as gauges."""
+
+    def __init__(self, table: LoadTable, clock: Callable[[], float], open_exchanges: Callable[[], int]) -> None:
+        self._table = table
+        self._clock = clock
+        self._open_exchanges = open_exchanges
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """All gauges, as they are now. A figure that is not known has no sample."""
+        by_worker, by_rank = ["role", "worker"], ["role", "worker", "dp_rank"]
+        healthy = GaugeMetricFamily("extproc_worker_healthy", "1: may be picked.", labels=by_worker)
+        legs = GaugeMetricFamily("extproc_legs_in_flight", "Legs that have not ended.", labels=by_worker)
+        age = GaugeMetricFamily("extproc_scrape_age_seconds", "Age of a rank's last figures.", labels=by_rank)
+        scraped = GaugeMetricFamily("extproc_scraped_tokens", "Tokens in use, as the engine said.", labels=by_rank)
+        charged = GaugeMetricFamily("extproc_charged_tokens", "Prompt tokens sent since.", labels=by_rank)
+        ledger = GaugeMetricFamily("extproc_outstanding_tokens", "Tokens of legs that have not ended.", labels=by_rank)
+        now_s = self._clock()
+        for state in self._table.states:
+            worker = [state.worker.role, state.worker.name]
+            healthy.add_metric(worker, float(state.healthy))
+            legs.add_metric(worker, state.in_flight)
+            for rank in state.ranks:
+                labels = [*worker, str(rank.dp_rank)]
+                charged.add_metric(labels, rank.charged_tokens)
+                ledger.add_metric(labels, rank.outstanding_tokens)
+                if rank.scraped and rank.scraped.used_tokens is not None:
+                    scraped.add_metric(labels, rank.scraped.used_tokens)
+                if rank.scraped_at_s is not None:
+                    age.add_metric(labels, now_s - rank.scraped_at_s)
+        yield from (healthy, legs, age, scraped, charged, ledger)
+        exchanges = GaugeMetricFamily("extproc_open_exchanges", "Placed requests that have not ended.")
+        exchanges.add_metric([], self._open_exchanges())
+        yield exchanges

@@ -1,0 +1,157 @@
+"""Envoy's ext_proc messages ↔ events and effects; the only module that imports `envoy.*` and protobuf.
+
+Messages: `envoy.service.ext_proc.v3.ProcessingRequest` and `ProcessingResponse`, upb classes from `xds-protos`, which
+cost 1-10 us a message (docs/decisions.md). Bytes in, bytes out, so that any transport can sit in front.
+"""
+
+from collections.abc import Iterable
+
+from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.ext_proc.v3.external_processor_pb2 import (
+    BodyMutation,
+    BodyResponse,
+    CommonResponse,
+    HeaderMutation,
+    HeadersResponse,
+    HttpHeaders,
+    ImmediateResponse,
+    ProcessingRequest,
+    ProcessingResponse,
+    TrailersResponse,
+)
+from envoy.type.v3.http_status_pb2 import HttpStatus
+from google.protobuf.message import DecodeError
+
+from extproc.events import (
+    Answer,
+    Event,
+    Immediate,
+    Phase,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Trailers,
+)
+from extproc.mutation import Headers
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+METHOD = f"/{SERVICE}/Process"
+
+_OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+class WireError(Exception):
+    """Bytes that are not a ProcessingRequest, or one of a kind this service does not know."""
+
+
+def decode(data: bytes) -> Event:
+    """One ProcessingRequest as an event. Raises WireError."""
+    try:
+        message = ProcessingRequest.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"not a ProcessingRequest: {error}") from None
+    match message.WhichOneof("request"):
+        case "request_headers":
+            return RequestHeaders(_headers(message.request_headers), message.request_headers.end_of_stream)
+        case "request_body":
+            return RequestBody(message.request_body.body)
+        case "response_headers":
+            return ResponseHeaders(_headers(message.response_headers))
+        case "response_body":
+            return ResponseBody(message.response_body.body)
+        case "request_trailers":
+            return Trailers(Phase.REQUEST_TRAILERS)
+        case "response_trailers":
+            return Trailers(Phase.RESPONSE_TRAILERS)
+        case other:
+            raise WireError(f"unknown kind of ProcessingRequest: {other}")
+
+
+def encode(reply: Answer | Immediate) -> bytes:
+    """A reply as a ProcessingResponse."""
+    message = _immediate(reply) if isinstance(reply, Immediate) else _answer(reply)
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _headers(message: HttpHeaders) -> dict[str, str]:
+    """Names to values; of a repeated name, the first value. Envoy fills `raw_value`, older ones `value`."""
+    headers: dict[str, str] = {}
+    for header in message.headers.headers:
+        headers.setdefault(header.key, header.raw_value.decode("latin-1") or header.value)
+    return headers
+
+
+def _answer(answer: Answer) -> ProcessingResponse:
+    set_headers: Headers = answer.set_headers
+    if answer.body is not None:
+        set_headers = (*set_headers, ("content-length", str(len(answer.body))))
+    common = CommonResponse(
+        header_mutation=_mutation(set_headers, answer.remove_headers) if set_headers or answer.remove_headers else None,
+        clear_route_cache=answer.pick_route_again,
+    )
+    if answer.body is not None:
+        common.body_mutation.CopyFrom(BodyMutation(body=answer.body))
+    match answer.phase:
+        case Phase.REQUEST_HEADERS:
+            if answer.body is not None:
+                common.status = CommonResponse.CONTINUE_AND_REPLACE
+            response = ProcessingResponse(request_headers=HeadersResponse(response=common))
+        case Phase.RESPONSE_HEADERS:
+            response = ProcessingResponse(response_headers=HeadersResponse(response=common))
+        case Phase.REQUEST_BODY:
+            response = ProcessingResponse(request_body=BodyResponse(response=common))
+        case Phase.RESPONSE_BODY:
+            response = ProcessingResponse(response_body=BodyResponse(response=common))
+        case Phase.REQUEST_TRAILERS:
+            response = ProcessingResponse(request_trailers=TrailersResponse())
+        case Phase.RESPONSE_TRAILERS:
+            response = ProcessingResponse(response_trailers=TrailersResponse())
+    if answer.skip_request_body:
+        response.mode_override.CopyFrom(_SKIP_REQUEST_BODY)
+    if answer.want_response_body:
+        response.mode_override.CopyFrom(_WANT_RESPONSE_BODY)
+    return response
+
+
+def _immediate(immediate: Immediate) -> ProcessingResponse:
+    return ProcessingResponse(
+        immediate_response=ImmediateResponse(
+            status=HttpStatus(code=immediate.status),
+            headers=_mutation(immediate.headers, ()),
+            body=immediate.body,
+            details=immediate.details,
+        )
+    )
+
+
+def _mutation(set_headers: Iterable[tuple[str, str]], remove_headers: Iterable[str]) -> HeaderMutation:
+    return HeaderMutation(
+        set_headers=[
+            # raw_value only: Envoy rejects a header that sets `value` as well.
+            HeaderValueOption(header=HeaderValue(key=name, raw_value=value.encode()), append_action=_OVERWRITE)
+            for name, value in set_headers
+        ],
+        remove_headers=remove_headers,
+    )
+
+
+# An override replaces the whole mode, so each states all that is still to come.
+_SKIP_REQUEST_BODY = ProcessingMode(
+    request_header_mode=ProcessingMode.SEND,
+    request_body_mode=ProcessingMode.NONE,
+    request_trailer_mode=ProcessingMode.SKIP,
+    response_header_mode=ProcessingMode.SEND,
+    response_body_mode=ProcessingMode.NONE,
+    response_trailer_mode=ProcessingMode.SEND,
+)
+_WANT_RESPONSE_BODY = ProcessingMode(
+    request_header_mode=ProcessingMode.SEND,
+    request_body_mode=ProcessingMode.NONE,
+    request_trailer_mode=ProcessingMode.SKIP,
+    response_header_mode=ProcessingMode.SEND,
+    response_body_mode=ProcessingMode.BUFFERED,
+    response_trailer_mode=ProcessingMode.SEND,
+)

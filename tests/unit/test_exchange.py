@@ -1,0 +1,365 @@
+"""Scripts: events in, effects out, read from top to bottom. What stays charged is checked at the end of each."""
+
+import itertools
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extproc.config import Config
+from extproc.events import (
+    Answer,
+    Ended,
+    Finished,
+    Immediate,
+    Leg,
+    Outcome,
+    Phase,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Send,
+    Trailers,
+)
+from extproc.exchange import Exchange, Gateway, ProtocolViolation
+from extproc.load import LoadTable
+from extproc.model import Role, Worker
+from extproc.schedule import Scheduler
+
+BODY = b'{"text": "hello", "stream": true}'
+PREFILLS = [Worker(f"p{i}:1", Role.PREFILL, f"http://p{i}:1", f"10.0.1.{i}:1", f"p{i}", 8998, 2) for i in range(2)]
+DECODES = [Worker(f"d{i}:1", Role.DECODE, f"http://d{i}:1", f"10.0.2.{i}:1", dp_size=2) for i in range(2)]
+
+
+def gateway(*, workers=(*PREFILLS, *DECODES), **settings) -> Gateway:
+    table = LoadTable(workers)
+    for worker in workers:
+        table.worker_changed(worker, True)
+    config = Config(policy="round_robin", **settings)
+    ticks = itertools.count()
+    return Gateway(config, table, Scheduler(config, table, random.Random(1)), lambda: next(ticks) / 1000)
+
+
+def post(path="/generate", *, end_of_stream=False, **headers) -> RequestHeaders:
+    base = {":method": "POST", ":path": path, "x-request-id": "r1"}
+    return RequestHeaders(base | {name.replace("_", "-"): value for name, value in headers.items()}, end_of_stream)
+
+
+def respond(status=200, **headers) -> ResponseHeaders:
+    return ResponseHeaders({":status": str(status)} | headers)
+
+
+def nothing_charged(gateway: Gateway) -> bool:
+    ranks = [rank for state in gateway.table.states for rank in state.ranks]
+    return (
+        gateway.open_rooms == 0
+        and all(state.in_flight == 0 for state in gateway.table.states)
+        and all(rank.outstanding_tokens == rank.outstanding_requests == 0 for rank in ranks)
+    )
+
+
+def dispatch(gateway: Gateway, body=BODY, **headers) -> tuple[Exchange, Answer]:
+    """A placed exchange, and the answer to its body."""
+    exchange = Exchange(gateway)
+    assert exchange.route(post(**headers)) == [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
+    [send] = exchange.route(RequestBody(body))
+    assert send.leg is Leg.ROUTE
+    assert isinstance(send.reply, Answer)
+    return exchange, send.reply
+
+
+def start_prefill(gateway: Gateway, exchange: Exchange, answer: Answer) -> Answer:
+    """The prefill stream arrives, carrying what was set on the route leg."""
+    headers = RequestHeaders(dict(answer.set_headers), False)
+    assert gateway.find(headers) is exchange
+    [send] = exchange.prefill(headers)
+    assert send.leg is Leg.PREFILL
+    return send.reply
+
+
+def test_the_normal_course():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    set_headers = dict(answer.set_headers)
+    assert set_headers["x-pd-mode"] == "pd"
+    assert answer.pick_route_again
+    decode = json.loads(answer.body)
+    assert int(set_headers["x-pd-room"]) == decode["bootstrap_room"]
+    assert decode["bootstrap_room"] % 2 == decode["disagg_prefill_dp_rank"] == int(set_headers["x-pd-prefill-rank"])
+
+    reply = start_prefill(shared, exchange, answer)
+    assert reply.phase is Phase.REQUEST_HEADERS
+    prefill = json.loads(reply.body)
+    assert prefill["bootstrap_room"] == decode["bootstrap_room"]
+    assert prefill["bootstrap_host"] == decode["bootstrap_host"] == "p0"
+    assert dict(reply.set_headers) == {"x-pd-prefill-endpoint": "10.0.1.0:1"}
+
+    assert exchange.prefill(respond()) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))]
+    by_role = {state.worker.name: state.in_flight for state in shared.table.states}
+    assert by_role == {"p0:1": 1, "p1:1": 0, "d0:1": 1, "d1:1": 0}
+    assert exchange.prefill(Ended(False)) == []
+    assert shared.table.states[0].in_flight == 0  # prefill is over, decode goes on
+
+    assert exchange.route(respond()) == [Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))]
+    [finished] = exchange.route(Ended(False))
+    assert finished.outcome is Outcome.OK
+    assert finished.status == 200
+    assert finished.prefill_s > 0
+    assert nothing_charged(shared)
+
+
+def test_response_headers_name_the_workers_where_switched_on():
+    shared = gateway(response_headers=True)
+    exchange, _ = dispatch(shared)
+    [send] = exchange.route(respond())
+    assert dict(send.reply.set_headers)["x-pd-prefill"].startswith("p0:1;dp_rank=")
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "message"),
+    [
+        ([post(end_of_stream=True)], 400, "empty"),
+        ([post(content_length="101")], 413, "limit of 100"),
+        ([post(content_encoding="gzip")], 400, "uncompressed"),
+        ([post(), RequestBody(b"")], 400, "empty"),
+        ([post(), RequestBody(b"[]")], 400, "object"),
+        ([post(), RequestBody(b'{"text": "x", "sampling_params": {"n": 2}}')], 400, "n separate requests"),
+        ([post(), RequestBody(b'"' + b"x" * 100 + b'"')], 413, "limit of 100"),
+    ],
+)
+def test_bad_input_is_answered_and_charges_nothing(events, status, message):
+    shared = gateway(max_payload_size=100)
+    exchange = Exchange(shared)
+    for event in events:
+        effects = exchange.route(event)
+    [send] = effects
+    assert isinstance(send.reply, Immediate)
+    assert send.reply.status == status
+    error = json.loads(send.reply.body)["error"]
+    assert message in error["message"]
+    assert error["code"] == status
+    assert all(rank.charged_tokens == 0 for state in shared.table.states for rank in state.ranks)
+    [finished] = exchange.route(Ended(False))
+    assert finished.outcome is Outcome.REFUSED
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize("missing", Role)
+def test_without_a_healthy_pair_it_is_503_before_the_upload(missing):
+    shared = gateway(workers=[worker for worker in (*PREFILLS, *DECODES) if worker.role is not missing])
+    exchange = Exchange(shared)
+    [send] = exchange.route(post())
+    assert send.reply.status == 503
+    assert dict(send.reply.headers)["retry-after"] == "1"
+    assert f"no healthy {missing} worker" in json.loads(send.reply.body)["error"]["message"]
+    [finished] = exchange.route(Ended(False))
+    assert finished.outcome is Outcome.NO_WORKER
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/models"), ("GET", "/generate"), ("POST", "/flush_cache"), ("POST", "/v1/unknown"), ("DELETE", "/")],
+)
+def test_other_requests_go_to_one_decode_worker_untouched(method, path):
+    shared = gateway()
+    exchange = Exchange(shared)
+    headers = {":method": method, ":path": path, "x-pd-room": "1", "x-override-rid": "2"}
+    [send] = exchange.route(RequestHeaders(headers, method == "GET"))
+    answer = send.reply
+    assert dict(answer.set_headers) == {"x-pd-mode": "direct", "x-pd-decode-endpoint": "10.0.2.0:1"}
+    assert answer.body is None
+    assert answer.skip_request_body == (method != "GET")
+    assert answer.remove_headers == ("x-pd-room", "x-override-rid")
+    exchange.route(respond(404))
+    [finished] = exchange.route(Ended(False))
+    assert finished.endpoint == "other"
+    assert finished.direct_worker == "d0:1"
+    assert nothing_charged(shared)
+
+
+def test_clients_cannot_steer():
+    shared = gateway()
+    _, answer = dispatch(shared, x_pd_room="5", x_data_parallel_rank="1", accept="*/*")
+    assert answer.remove_headers == ("x-pd-room", "x-data-parallel-rank")
+    assert dict(answer.set_headers)["x-pd-room"] != "5"
+
+
+def test_prefill_fails_before_the_response_so_the_client_gets_an_error_to_retry_on():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    [go_on, abort] = exchange.prefill(respond(503))
+    assert go_on == Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))
+    assert abort.leg is Leg.ROUTE
+    assert abort.reply.status == 502
+    assert ("x-pd-retry", "prefill") in abort.reply.headers
+    assert exchange.prefill(Ended(False)) == []
+    [finished] = exchange.route(Ended(True))
+    assert finished.outcome is Outcome.PREFILL_FAILED
+    assert nothing_charged(shared)
+    # The next attempt avoids the worker that failed, though it is its turn.
+    _, again = dispatch(shared, x_envoy_attempt_count="2")
+    assert dict(again.set_headers)["x-pd-prefill-endpoint"] == "10.0.1.1:1"
+    _, again = dispatch(shared, x_envoy_attempt_count="2")
+    assert dict(again.set_headers)["x-pd-prefill-endpoint"] == "10.0.1.1:1"
+
+
+def test_prefill_that_breaks_off_without_an_answer():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    [abort] = exchange.prefill(Ended(True))
+    assert abort.reply.status == 502
+    exchange.route(Ended(False))
+    assert nothing_charged(shared)
+
+
+def test_prefills_4xx_reaches_the_client_word_for_word_and_is_not_retried():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    [wait] = exchange.prefill(respond(400))
+    assert wait == Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=True))
+    [go_on, abort] = exchange.prefill(ResponseBody(b'{"error": "too long"}'))
+    assert go_on.leg is Leg.PREFILL
+    assert (abort.reply.status, abort.reply.body) == (400, b'{"error": "too long"}')
+    assert "x-pd-retry" not in dict(abort.reply.headers)
+    exchange.prefill(Ended(False))
+    [finished] = exchange.route(Ended(False))
+    assert finished.outcome is Outcome.ENGINE_REJECTED
+    assert nothing_charged(shared)
+
+
+def test_a_client_that_leaves_ends_prefill():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    [abort] = exchange.route(Ended(True))
+    assert abort.leg is Leg.PREFILL
+    assert abort.reply.status == 499
+    assert shared.table.states[0].in_flight == 1  # the prefill worker is busy until its leg has ended
+    [finished] = exchange.prefill(Ended(True))
+    assert finished.outcome is Outcome.ABORTED
+    assert nothing_charged(shared)
+
+
+def test_a_prefill_stream_that_comes_too_late_finds_the_room_closed():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    [finished] = exchange.route(Ended(True))
+    assert finished.outcome is Outcome.ABORTED
+    assert shared.find(RequestHeaders(dict(answer.set_headers), False)) is None
+    assert nothing_charged(shared)
+
+
+def test_a_room_is_good_for_one_prefill_stream():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    assert shared.find(RequestHeaders(dict(answer.set_headers), False)) is None
+
+
+@pytest.mark.parametrize("room", ["", "-1", "x", "9" * 30, "7", "٣"])
+def test_unknown_rooms(room):
+    assert gateway().find(RequestHeaders({"x-pd-room": room}, False)) is None
+
+
+@pytest.mark.parametrize(("status", "retried"), [(503, True), (502, True), (500, False), (400, False)])
+def test_decode_fails_before_the_response(status, retried):
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    [send, abort] = exchange.route(respond(status))
+    assert ("x-pd-retry" in dict(send.reply.set_headers)) is retried
+    assert abort.leg is Leg.PREFILL
+    [] = exchange.route(Ended(False))
+    [finished] = exchange.prefill(Ended(True))
+    assert finished.outcome is (Outcome.DECODE_FAILED if status >= 500 else Outcome.ENGINE_REJECTED)
+    assert nothing_charged(shared)
+
+
+def test_workers_cannot_set_our_response_headers():
+    shared = gateway()
+    exchange, _ = dispatch(shared)
+    [send] = exchange.route(respond(**{"x-pd-retry": "1", "content-type": "x"}))
+    assert send.reply.remove_headers == ("x-pd-retry",)
+
+
+def test_a_batch_reserves_its_rooms():
+    shared = gateway()
+    first, one = dispatch(shared, body=b'{"text": ["a", "b", "c"]}')
+    _, two = dispatch(shared)
+    rooms = [int(dict(answer.set_headers)["x-pd-room"]) for answer in (one, two)]
+    assert rooms[1] >= rooms[0] + 3
+    first.route(Ended(False))
+
+
+def test_an_event_out_of_turn_is_named():
+    exchange = Exchange(gateway())
+    with pytest.raises(ProtocolViolation, match="RequestBody in state NEW"):
+        exchange.route(RequestBody(b"{}"))
+
+
+EVENTS = st.sampled_from(
+    [
+        (Leg.ROUTE, post()),
+        (Leg.ROUTE, post("/v1/models")),
+        (Leg.ROUTE, RequestBody(BODY)),
+        (Leg.ROUTE, RequestBody(b"nonsense")),
+        *((Leg.ROUTE, respond(status)) for status in (200, 400, 503)),
+        (Leg.ROUTE, Trailers(Phase.RESPONSE_TRAILERS)),
+        (Leg.PREFILL, RequestHeaders({}, False)),
+        *((Leg.PREFILL, respond(status)) for status in (200, 404, 500)),
+        (Leg.PREFILL, ResponseBody(b"no")),
+        (Leg.PREFILL, Ended(False)),
+        (Leg.PREFILL, Ended(True)),
+        (Leg.ROUTE, Ended(False)),
+        (Leg.ROUTE, Ended(True)),
+    ]
+)
+
+
+class Streams:
+    """The shell's part: a stream starts with headers, ends once, and a prefill stream is matched by its room."""
+
+    def __init__(self) -> None:
+        self.gateway = gateway()
+        self.exchange = Exchange(self.gateway)
+        self.open = {Leg.ROUTE: True, Leg.PREFILL: False}
+        self.had_prefill = False
+        self.request_headers = {}
+        self.finished = []
+
+    def feed(self, leg, event) -> None:
+        if leg is Leg.PREFILL and not self.had_prefill:
+            event = RequestHeaders(self.request_headers, False)
+            self.had_prefill = self.open[leg] = self.gateway.find(event) is self.exchange
+        if not self.open[leg]:
+            return
+        if isinstance(event, Ended):
+            self.open[leg] = False
+        try:
+            effects = self.exchange.route(event) if leg is Leg.ROUTE else self.exchange.prefill(event)
+        except ProtocolViolation:
+            return
+        for effect in effects:
+            if isinstance(effect, Finished):
+                self.finished.append(effect)
+            elif effect.leg is Leg.ROUTE and isinstance(effect.reply, Answer):
+                self.request_headers |= dict(effect.reply.set_headers)
+
+
+@settings(max_examples=500)
+@given(st.lists(EVENTS, max_size=12), st.permutations(list(Leg)), st.booleans())
+def test_any_order_of_events_ends_with_nothing_charged(script, closing_order, aborted):
+    streams = Streams()
+    for leg, event in script:
+        streams.feed(leg, event)
+    for leg in closing_order:
+        if streams.open[leg]:
+            streams.feed(leg, Ended(aborted))
+    assert len(streams.finished) == 1
+    assert nothing_charged(streams.gateway)
