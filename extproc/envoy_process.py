@@ -53,6 +53,11 @@ _LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
+_EXPECTED = (
+    "caught ENVOY_SIGTERM",
+    "There is no configured limit to the number of allowed active downstream connections",
+)
+"""Warnings that say nothing new: `stop` sent the signal; the limit is a choice of the configuration."""
 _LAST_LINES = 20
 
 
@@ -191,6 +196,8 @@ class EnvoyProcess:
             # Hot restart is for another supervisor, and two Envoys on a machine would fight over its shared memory.
             *("--disable-hot-restart", "--drain-time-s", str(DRAIN_S)),
             *("--log-level", self._log_level, "--log-format", _LOG_FORMAT),
+            # Envoy warns of each request it could not ask the service about; the answers (503) and metrics tell.
+            *("--component-log-level", "ext_proc:error"),
         ]
         if self._concurrency:
             arguments += ["--concurrency", str(self._concurrency)]
@@ -241,7 +248,7 @@ class EnvoyProcess:
                 logger = log.getChild(match[2])
                 text = match[3]
             # A line without the prefix continues the one before it (backtraces, protobuf errors).
-            logger.log(level, "%s", text)
+            logger.log(logging.DEBUG if text.startswith(_EXPECTED) else level, "%s", text)
             self._last_lines = [*self._last_lines[1 - _LAST_LINES :], text]
 
     def _said(self, what: str) -> str:

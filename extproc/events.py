@@ -79,13 +79,18 @@ class Trailers:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Last event of a stream: its HTTP request is over, one way or another."""
+    """Last event of a stream: its HTTP request is over, one way or another.
 
-    aborted: bool
-    """The stream was reset rather than finished: the client or a worker went away."""
+    Envoy 1.40 resets the gRPC stream in every case (docs/decisions.md), so it does not tell which.
+    """
 
 
-Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers | Ended
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """The time of a Wake is over."""
+
+
+Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers | Ended | Woken
 
 
 # Effects
@@ -125,6 +130,14 @@ class Send:
     reply: Answer | Immediate
 
 
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Give the leg a Woken after some time, if the exchange is not finished by then."""
+
+    leg: Leg
+    after_s: float
+
+
 class Outcome(enum.StrEnum):
     """How an attempt ended, as far as the service can tell."""
 
@@ -137,7 +150,7 @@ class Outcome(enum.StrEnum):
     ENGINE_REJECTED = "engine_rejected"
     """An engine answered 4xx."""
     ABORTED = "aborted"
-    """The client left, or a stream broke after the response had begun."""
+    """The client left before the response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +180,4 @@ class Finished:
     """From dispatch to the end of the prefill leg."""
 
 
-Effect = Send | Finished
+Effect = Send | Wake | Finished

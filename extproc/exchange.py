@@ -9,6 +9,7 @@ No I/O. Rules:
 Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ─response─> RESPONDING ─end─> OVER
                └──────────> DIRECT ───────────────────response─────┘   (any state: refused → CLOSING ─end─> OVER)
 Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | REJECTED ─end─> OVER
+              (any state but EXPECTED and OVER: ended by us → CLOSING ─end─> OVER)
 """
 
 import enum
@@ -34,6 +35,8 @@ from extproc.events import (
     ResponseHeaders,
     Send,
     Trailers,
+    Wake,
+    Woken,
 )
 from extproc.load import LoadTable
 from extproc.mutation import (
@@ -55,6 +58,9 @@ Clock = Callable[[], float]
 
 RETRY_AFTER_S = 1
 """`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
+
+PREFILL_GRACE_S = 1.0
+"""How long prefill may outlive a response that has ended: its answer is under way, and on a busy machine late."""
 
 MAX_REMEMBERED_FAILURES = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
@@ -83,6 +89,8 @@ class PrefillState(enum.Enum):
     ANSWERED = enum.auto()
     REJECTED = enum.auto()
     """It answered 4xx; the body with the reason is awaited."""
+    CLOSING = enum.auto()
+    """We ended it; only the end is still to come."""
     OVER = enum.auto()
 
 
@@ -170,7 +178,7 @@ class Exchange:
         try:
             match event, self.route_state:
                 case Ended(), _:
-                    return self._route_ended(event.aborted)
+                    return self._route_ended()
                 case Trailers(), _:
                     return [Send(Leg.ROUTE, Answer(event.phase))]
                 case _, RouteState.CLOSING:  # crossed with our immediate response
@@ -273,13 +281,10 @@ class Exchange:
         answer = Answer(Phase.RESPONSE_HEADERS, set_headers=headers, remove_headers=reserved(event.headers))
         return [Send(Leg.ROUTE, answer), *effects]
 
-    def _route_ended(self, aborted: bool) -> list[Effect]:
+    def _route_ended(self) -> list[Effect]:
         before, self.route_state = self.route_state, RouteState.OVER
-        if before in {RouteState.NEW, RouteState.BODY, RouteState.DISPATCHED, RouteState.DIRECT}:
+        if before not in {RouteState.RESPONDING, RouteState.CLOSING}:
             self._fail(Outcome.ABORTED, "the client left before the response")
-            aborted = True
-        elif aborted and before is RouteState.RESPONDING:
-            self._fail(Outcome.ABORTED, "the stream broke during the response")
         if self._scheduled is None:
             return [self._finish()]
         self._gateway.table.release(self._scheduled.decode)
@@ -288,8 +293,11 @@ class Exchange:
             self.prefill_state = PrefillState.OVER
         if self.prefill_state is PrefillState.OVER:
             return [self._finish()]
-        # After a normal end prefill may take its time: it has handed over the KV cache and only its answer is due.
-        return self._end_prefill("client_gone") if aborted else []
+        # After a normal end prefill has handed over the KV cache and only its answer is due. Whether the end was
+        # normal is not known once the response had begun: so prefill gets a moment, then it is ended.
+        if before is RouteState.RESPONDING and self.prefill_state is not PrefillState.CLOSING:
+            return [Wake(Leg.PREFILL, PREFILL_GRACE_S)]
+        return self._end_prefill("gone")
 
     def _refuse(self, error: RequestError) -> list[Effect]:
         """Answer the client with an error; the one place where typed errors become responses."""
@@ -313,15 +321,18 @@ class Exchange:
         match event, self.prefill_state:
             case Ended(), _:
                 return self._prefill_ended()
+            case Woken(), _:
+                return self._end_prefill("gone")
             case Trailers(), _:
                 return [Send(Leg.PREFILL, Answer(event.phase))]
-            case _, PrefillState.OVER:  # crossed with our immediate response
+            case _, PrefillState.CLOSING:  # crossed with our immediate response
                 return []
             case RequestHeaders(), PrefillState.EXPECTED:
                 return self._send_prefill()
             case ResponseHeaders(), PrefillState.SENT:
                 return self._prefill_answered(event.status)
             case ResponseBody(), PrefillState.REJECTED:
+                self.prefill_state = PrefillState.ANSWERED
                 return [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY)), *self._pass_on_rejection(event.body)]
         raise ProtocolViolation(
             f"prefill stream: unexpected {type(event).__name__} in state {self.prefill_state.name}: "
@@ -334,7 +345,9 @@ class Exchange:
         self.prefill_state = PrefillState.SENT
         body, endpoint = self._mutation.prefill_body, self._scheduled.placement.prefill.worker.endpoint
         self._mutation = None  # both bodies are on their way; a long stream need not keep them in memory
-        answer = Answer(Phase.REQUEST_HEADERS, set_headers=((PREFILL_ENDPOINT, endpoint or ""),), body=body)
+        # Its own mark: a mirrored request that was not answered here must not reach the engine, with the client's body.
+        headers: Headers = ((MODE, "prefill"), (PREFILL_ENDPOINT, endpoint or ""))
+        answer = Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=body, pick_route_again=True)
         return [Send(Leg.PREFILL, answer)]
 
     def _prefill_answered(self, status: int) -> list[Effect]:
@@ -380,6 +393,7 @@ class Exchange:
         """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
         if self.prefill_state not in {PrefillState.SENT, PrefillState.ANSWERED, PrefillState.REJECTED}:
             return []
+        self.prefill_state = PrefillState.CLOSING
         return [Send(Leg.PREFILL, Immediate(499, (), b"", details))]
 
     # The end

@@ -14,7 +14,7 @@ from extproc.model import Pick, Placement
 from extproc.request import GenerationRequest
 
 MODE = "x-pd-mode"
-"""`pd`: two legs; `direct`: one decode worker, untouched. Envoy's routes match on it."""
+"""`pd`: two legs; `direct`: one decode worker, untouched; on the prefill leg `prefill`. Envoy's routes match on it."""
 ROOM = "x-pd-room"
 PREFILL_ENDPOINT = "x-pd-prefill-endpoint"
 PREFILL_RANK = "x-pd-prefill-rank"

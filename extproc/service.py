@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from extproc import wire
-from extproc.events import Effect, Ended, Finished, Leg, RequestHeaders, Send
+from extproc.events import Effect, Ended, Event, Finished, Leg, RequestHeaders, Send, Wake, Woken
 from extproc.exchange import Exchange, Gateway, ProtocolViolation, refuse_prefill
 
 logger = logging.getLogger(__name__)
@@ -88,43 +88,44 @@ class ExternalProcessor:
         await self._run(exchange, Leg.PREFILL, stream, first=data)
 
     async def _run(self, exchange: Exchange, leg: Leg, stream: "_Stream", first: bytes | None = None) -> None:
-        take = exchange.route if leg is Leg.ROUTE else exchange.prefill
+        take = _take(exchange, leg)
         self._streams[exchange, leg] = stream
-        aborted = True
         try:
             data = first or await stream.read()
             while data is not None:
                 await self._apply(exchange, take(wire.decode(data)))
                 data = await stream.read()
-            aborted = False
         finally:
             # Also when the stream was cancelled or a bug broke out: nothing may stay charged.
             del self._streams[exchange, leg]
             stream.closed = True
-            effects = take(Ended(aborted))
-            self._report(effects)
-            # Not awaited here: this coroutine may be cancelled already.
-            for effect in effects:
-                if isinstance(effect, Send):
-                    task = asyncio.create_task(self._send(exchange, effect))
-                    self._tasks.add(task)  # the event loop itself keeps weak references only
-                    task.add_done_callback(self._tasks.discard)
+            # Not awaited: this coroutine may be cancelled already.
+            self._apply_soon(exchange, take(Ended()))
 
     async def _apply(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
-        self._report(effects)
         for effect in effects:
-            if isinstance(effect, Send):
-                await self._send(exchange, effect)
+            match effect:
+                case Send(leg, reply):
+                    stream = self._streams.get((exchange, leg))
+                    if stream is not None:
+                        await stream.write(wire.encode(reply))
+                case Wake(leg, after_s):
+                    asyncio.get_running_loop().call_later(after_s, self._wake, exchange, leg)
+                case Finished():
+                    self._finished(effect)
 
-    def _report(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Finished):
-                self._finished(effect)
+    def _apply_soon(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
+        task = asyncio.create_task(self._apply(exchange, effects))
+        self._tasks.add(task)  # the event loop itself keeps weak references only
+        task.add_done_callback(self._tasks.discard)
 
-    async def _send(self, exchange: Exchange, send: Send) -> None:
-        stream = self._streams.get((exchange, send.leg))
-        if stream is not None:
-            await stream.write(wire.encode(send.reply))
+    def _wake(self, exchange: Exchange, leg: Leg) -> None:
+        if (exchange, leg) in self._streams:
+            self._apply_soon(exchange, _take(exchange, leg)(Woken()))
+
+
+def _take(exchange: Exchange, leg: Leg) -> Callable[[Event], list[Effect]]:
+    return exchange.route if leg is Leg.ROUTE else exchange.prefill
 
 
 class _Stream:

@@ -1,9 +1,11 @@
 """One simulated engine, put together: model, clock, servers. `async with Engine(EngineConfig(...)) as engine: …`"""
 
+import logging
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from extproc.sim.config import EngineConfig
 from extproc.sim.decode_side import DecodeSide
@@ -14,6 +16,15 @@ from extproc.sim.prefill_side import PrefillSide
 from extproc.sim.records import Records
 from extproc.sim.runner import Runner
 from extproc.sim.server import Server
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out what clients write that is not HTTP/1.1: gateways probe for gRPC with an HTTP/2 preface."""
+    return not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage))
+
+
+_log = logging.getLogger(__name__)
+_log.addFilter(_worth_a_line)
 
 
 class Engine:
@@ -98,6 +109,7 @@ class Engine:
             app,
             handler_cancellation=True,
             access_log=None,
+            logger=_log,
             shutdown_timeout=0.1,
             keepalive_timeout=self.config.keepalive_s,
         )

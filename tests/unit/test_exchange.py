@@ -23,8 +23,10 @@ from extproc.events import (
     ResponseHeaders,
     Send,
     Trailers,
+    Wake,
+    Woken,
 )
-from extproc.exchange import Exchange, Gateway, ProtocolViolation
+from extproc.exchange import PREFILL_GRACE_S, Exchange, Gateway, ProtocolViolation
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
@@ -95,16 +97,16 @@ def test_the_normal_course():
     prefill = json.loads(reply.body)
     assert prefill["bootstrap_room"] == decode["bootstrap_room"]
     assert prefill["bootstrap_host"] == decode["bootstrap_host"] == "p0"
-    assert dict(reply.set_headers) == {"x-pd-prefill-endpoint": "10.0.1.0:1"}
+    assert dict(reply.set_headers) == {"x-pd-mode": "prefill", "x-pd-prefill-endpoint": "10.0.1.0:1"}
 
     assert exchange.prefill(respond()) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))]
     by_role = {state.worker.name: state.in_flight for state in shared.table.states}
     assert by_role == {"p0:1": 1, "p1:1": 0, "d0:1": 1, "d1:1": 0}
-    assert exchange.prefill(Ended(False)) == []
+    assert exchange.prefill(Ended()) == []
     assert shared.table.states[0].in_flight == 0  # prefill is over, decode goes on
 
     assert exchange.route(respond()) == [Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))]
-    [finished] = exchange.route(Ended(False))
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.OK
     assert finished.status == 200
     assert finished.prefill_s > 0
@@ -142,7 +144,7 @@ def test_bad_input_is_answered_and_charges_nothing(events, status, message):
     assert message in error["message"]
     assert error["code"] == status
     assert all(rank.charged_tokens == 0 for state in shared.table.states for rank in state.ranks)
-    [finished] = exchange.route(Ended(False))
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.REFUSED
     assert nothing_charged(shared)
 
@@ -155,7 +157,7 @@ def test_without_a_healthy_pair_it_is_503_before_the_upload(missing):
     assert send.reply.status == 503
     assert dict(send.reply.headers)["retry-after"] == "1"
     assert f"no healthy {missing} worker" in json.loads(send.reply.body)["error"]["message"]
-    [finished] = exchange.route(Ended(False))
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.NO_WORKER
 
 
@@ -174,7 +176,7 @@ def test_other_requests_go_to_one_decode_worker_untouched(method, path):
     assert answer.skip_request_body == (method != "GET")
     assert answer.remove_headers == ("x-pd-room", "x-override-rid")
     exchange.route(respond(404))
-    [finished] = exchange.route(Ended(False))
+    [finished] = exchange.route(Ended())
     assert finished.endpoint == "other"
     assert finished.direct_worker == "d0:1"
     assert nothing_charged(shared)
@@ -196,8 +198,8 @@ def test_prefill_fails_before_the_response_so_the_client_gets_an_error_to_retry_
     assert abort.leg is Leg.ROUTE
     assert abort.reply.status == 502
     assert ("x-pd-retry", "prefill") in abort.reply.headers
-    assert exchange.prefill(Ended(False)) == []
-    [finished] = exchange.route(Ended(True))
+    assert exchange.prefill(Ended()) == []
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.PREFILL_FAILED
     assert nothing_charged(shared)
     # The next attempt avoids the worker that failed, though it is its turn.
@@ -211,9 +213,9 @@ def test_prefill_that_breaks_off_without_an_answer():
     shared = gateway()
     exchange, answer = dispatch(shared)
     start_prefill(shared, exchange, answer)
-    [abort] = exchange.prefill(Ended(True))
+    [abort] = exchange.prefill(Ended())
     assert abort.reply.status == 502
-    exchange.route(Ended(False))
+    exchange.route(Ended())
     assert nothing_charged(shared)
 
 
@@ -227,9 +229,33 @@ def test_prefills_4xx_reaches_the_client_word_for_word_and_is_not_retried():
     assert go_on.leg is Leg.PREFILL
     assert (abort.reply.status, abort.reply.body) == (400, b'{"error": "too long"}')
     assert "x-pd-retry" not in dict(abort.reply.headers)
-    exchange.prefill(Ended(False))
-    [finished] = exchange.route(Ended(False))
+    exchange.prefill(Ended())
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.ENGINE_REJECTED
+    assert nothing_charged(shared)
+
+
+def test_prefill_may_answer_a_moment_after_the_response_has_ended():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.route(respond())
+    assert exchange.route(Ended()) == [Wake(Leg.PREFILL, PREFILL_GRACE_S)]
+    assert exchange.prefill(respond()) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))]
+    [finished] = exchange.prefill(Ended())
+    assert finished.outcome is Outcome.OK
+    assert nothing_charged(shared)
+
+
+def test_but_not_longer():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.route(respond())
+    exchange.route(Ended())
+    [abort] = exchange.prefill(Woken())
+    assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)
+    exchange.prefill(Ended())
     assert nothing_charged(shared)
 
 
@@ -237,11 +263,11 @@ def test_a_client_that_leaves_ends_prefill():
     shared = gateway()
     exchange, answer = dispatch(shared)
     start_prefill(shared, exchange, answer)
-    [abort] = exchange.route(Ended(True))
+    [abort] = exchange.route(Ended())
     assert abort.leg is Leg.PREFILL
     assert abort.reply.status == 499
     assert shared.table.states[0].in_flight == 1  # the prefill worker is busy until its leg has ended
-    [finished] = exchange.prefill(Ended(True))
+    [finished] = exchange.prefill(Ended())
     assert finished.outcome is Outcome.ABORTED
     assert nothing_charged(shared)
 
@@ -249,7 +275,7 @@ def test_a_client_that_leaves_ends_prefill():
 def test_a_prefill_stream_that_comes_too_late_finds_the_room_closed():
     shared = gateway()
     exchange, answer = dispatch(shared)
-    [finished] = exchange.route(Ended(True))
+    [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.ABORTED
     assert shared.find(RequestHeaders(dict(answer.set_headers), False)) is None
     assert nothing_charged(shared)
@@ -275,8 +301,8 @@ def test_decode_fails_before_the_response(status, retried):
     [send, abort] = exchange.route(respond(status))
     assert ("x-pd-retry" in dict(send.reply.set_headers)) is retried
     assert abort.leg is Leg.PREFILL
-    [] = exchange.route(Ended(False))
-    [finished] = exchange.prefill(Ended(True))
+    [] = exchange.route(Ended())
+    [finished] = exchange.prefill(Ended())
     assert finished.outcome is (Outcome.DECODE_FAILED if status >= 500 else Outcome.ENGINE_REJECTED)
     assert nothing_charged(shared)
 
@@ -294,7 +320,7 @@ def test_a_batch_reserves_its_rooms():
     _, two = dispatch(shared)
     rooms = [int(dict(answer.set_headers)["x-pd-room"]) for answer in (one, two)]
     assert rooms[1] >= rooms[0] + 3
-    first.route(Ended(False))
+    first.route(Ended())
 
 
 def test_an_event_out_of_turn_is_named():
@@ -314,10 +340,9 @@ EVENTS = st.sampled_from(
         (Leg.PREFILL, RequestHeaders({}, False)),
         *((Leg.PREFILL, respond(status)) for status in (200, 404, 500)),
         (Leg.PREFILL, ResponseBody(b"no")),
-        (Leg.PREFILL, Ended(False)),
-        (Leg.PREFILL, Ended(True)),
-        (Leg.ROUTE, Ended(False)),
-        (Leg.ROUTE, Ended(True)),
+        (Leg.PREFILL, Woken()),
+        (Leg.PREFILL, Ended()),
+        (Leg.ROUTE, Ended()),
     ]
 )
 
@@ -348,18 +373,18 @@ class Streams:
         for effect in effects:
             if isinstance(effect, Finished):
                 self.finished.append(effect)
-            elif effect.leg is Leg.ROUTE and isinstance(effect.reply, Answer):
+            elif isinstance(effect, Send) and isinstance(effect.reply, Answer) and effect.leg is Leg.ROUTE:
                 self.request_headers |= dict(effect.reply.set_headers)
 
 
 @settings(max_examples=500)
-@given(st.lists(EVENTS, max_size=12), st.permutations(list(Leg)), st.booleans())
-def test_any_order_of_events_ends_with_nothing_charged(script, closing_order, aborted):
+@given(st.lists(EVENTS, max_size=12), st.permutations(list(Leg)))
+def test_any_order_of_events_ends_with_nothing_charged(script, closing_order):
     streams = Streams()
     for leg, event in script:
         streams.feed(leg, event)
     for leg in closing_order:
         if streams.open[leg]:
-            streams.feed(leg, Ended(aborted))
+            streams.feed(leg, Ended())
     assert len(streams.finished) == 1
     assert nothing_charged(streams.gateway)

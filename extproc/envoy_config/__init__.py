@@ -1,0 +1,62 @@
+"""The Envoy bootstrap for a `Config`, built from envoy-data-plane's typed messages and printed as YAML.
+
+No I/O. Only what an operator may set varies: addresses, limits, timeouts. The list of workers is not in it: the service
+names `ip:port` per request and the ORIGINAL_DST clusters dial that, so workers come and go without touching Envoy.
+The commented twin of what this prints is `envoy/envoy.yaml`; `docs/` and `envoy/README.md` explain the topology.
+
+Importing this module takes about a second (pydantic dataclasses), so import it only where a bootstrap is printed.
+"""
+
+import betterproto2
+import yaml
+from betterproto2 import Casing
+from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
+from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
+from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
+from envoy_data_plane.google.protobuf import Any
+
+from extproc.config import Config
+from extproc.envoy_config.addresses import socket_address
+from extproc.envoy_config.clusters import clusters
+from extproc.envoy_config.listeners import prefill_listener, public_listener, route_listener
+from extproc.errors import ConfigError
+
+__all__ = ["bootstrap", "from_yaml", "to_yaml"]
+
+
+def bootstrap(
+    config: Config, *, admin: str | None = None, grpc_target: str | None = None, access_log: str | None = None
+) -> Bootstrap:
+    """The whole bootstrap.
+
+    `admin` is `host:port` of the admin interface (none when absent), `grpc_target` where Envoy finds the service
+    (`host:port` or `unix:PATH`; default from the configuration), `access_log` a file for one JSON line per request
+    and leg (`/dev/stdout` works). Raises ConfigError for what Envoy cannot express.
+    """
+    return Bootstrap(
+        admin=Admin(address=socket_address(admin, "admin")) if admin else None,
+        bootstrap_extensions=[
+            TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=Any.pack(InternalListener()))
+        ],
+        static_resources=BootstrapStaticResources(
+            listeners=[
+                public_listener(config, access_log=access_log),
+                route_listener(config, access_log=access_log),
+                prefill_listener(config, access_log=access_log),
+            ],
+            clusters=clusters(config, grpc_target=grpc_target),
+        ),
+    )
+
+
+def to_yaml(message: betterproto2.Message) -> str:
+    """The message as YAML with proto field names, as Envoy's own documentation writes it."""
+    return yaml.safe_dump(message.to_dict(casing=Casing.SNAKE), sort_keys=False, width=120)
+
+
+def from_yaml(text: str) -> Bootstrap:
+    """Parse a bootstrap. Raises ConfigError for anything that is not one (unknown fields included)."""
+    try:
+        return Bootstrap.from_dict(yaml.safe_load(text))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"not an Envoy bootstrap: {error}") from error

@@ -1,0 +1,143 @@
+"""The clusters: two internal hops, the two engine roles, the service."""
+
+from datetime import timedelta
+
+from envoy_data_plane.envoy.config.cluster.v3 import (
+    CircuitBreakers,
+    CircuitBreakersThresholds,
+    Cluster,
+    ClusterDiscoveryType,
+    ClusterDnsLookupFamily,
+    ClusterLbPolicy,
+    ClusterOriginalDstLbConfig,
+    UpstreamConnectionOptions,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    Address,
+    EnvoyInternalAddress,
+    Http1ProtocolOptions,
+    Http2ProtocolOptions,
+    HttpProtocolOptions,
+    TcpKeepalive,
+)
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions as UpstreamHttpProtocolOptions
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
+from envoy_data_plane.google.protobuf import Any
+
+from extproc.config import Config
+from extproc.envoy_config.addresses import default_target, target_address
+from extproc.envoy_config.names import (
+    DECODE_CLUSTER,
+    PREFILL_CLUSTER,
+    PREFILL_LISTENER,
+    ROUTE_LISTENER,
+    SERVICE_CLUSTER,
+)
+from extproc.mutation import DECODE_ENDPOINT, PREFILL_ENDPOINT
+
+SERVICE_CONNECT_TIMEOUT_S = 1
+"""The service is on the same host or network; while it is down each request waits at most this long for its 503."""
+ENGINE_CONNECT_TIMEOUT_S = 3
+"""Covers one lost SYN (Linux sends it again after 1 s); a dead host is then another pair's chance, not a long wait."""
+ENGINE_IDLE_TIMEOUT_S = 4
+"""Below the keep-alive of uvicorn in SGLang (5 s: `SGLANG_TIMEOUT_KEEP_ALIVE`, sgl-project/sglang#19847): with a longer
+one Envoy now and then sends a request on a connection the engine is just closing."""
+ORIGINAL_DST_CLEANUP_S = 60
+"""Endpoints that no request named for this long are forgotten, with their pooled connections."""
+UNLIMITED = 1_000_000
+"""Circuit breaker threshold that is never reached: the default of 1024 would refuse requests that wait in engines'
+queues as designed. Admission is the service's decision."""
+
+KEEPALIVE = TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=10)
+"""A peer that vanished without a FIN is noticed after a minute, also in the middle of a long prefill."""
+
+
+def clusters(config: Config, *, grpc_target: str | None = None) -> list[Cluster]:
+    """The two internal hops, the two engine roles, and the service."""
+    return [
+        _internal_cluster(ROUTE_LISTENER),
+        _internal_cluster(PREFILL_LISTENER),
+        _engine_cluster(DECODE_CLUSTER, DECODE_ENDPOINT),
+        _engine_cluster(PREFILL_CLUSTER, PREFILL_ENDPOINT),
+        _service_cluster(grpc_target or default_target(config)),
+    ]
+
+
+def _internal_cluster(listener: str) -> Cluster:
+    """HTTP/1.1: each request has a (user-space) connection to itself, so one that stalls holds up no other, and bodies
+    may be as long as the listener's buffer (over HTTP/2 only as long as the stream's window)."""
+    address = Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
+    return Cluster(
+        name=listener,
+        type=ClusterDiscoveryType.STATIC,
+        circuit_breakers=_no_circuit_breaker(),
+        typed_extension_protocol_options=_http1_upstream(),
+        load_assignment=_one_endpoint(listener, address),
+    )
+
+
+def _engine_cluster(name: str, header: str) -> Cluster:
+    """Dials whatever `ip:port` the service wrote into `header`; hence the public listener strips it from clients."""
+    return Cluster(
+        name=name,
+        type=ClusterDiscoveryType.ORIGINAL_DST,
+        lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
+        original_dst_lb_config=ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header),
+        connect_timeout=timedelta(seconds=ENGINE_CONNECT_TIMEOUT_S),
+        cleanup_interval=timedelta(seconds=ORIGINAL_DST_CLEANUP_S),
+        circuit_breakers=_no_circuit_breaker(),
+        upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
+        typed_extension_protocol_options=_http1_upstream(idle_timeout=timedelta(seconds=ENGINE_IDLE_TIMEOUT_S)),
+    )
+
+
+def _service_cluster(target: str) -> Cluster:
+    """No active health check: a refused connection fails open at once, and a check that a busy service answers late
+    would turn every request away."""
+    address, by_name = target_address(target)
+    return Cluster(
+        name=SERVICE_CLUSTER,
+        type=ClusterDiscoveryType.STRICT_DNS if by_name else ClusterDiscoveryType.STATIC,
+        dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED if by_name else ClusterDnsLookupFamily.AUTO,
+        connect_timeout=timedelta(seconds=SERVICE_CONNECT_TIMEOUT_S),
+        circuit_breakers=_no_circuit_breaker(),
+        upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
+        typed_extension_protocol_options=_upstream_protocol(
+            HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
+        ),
+        load_assignment=_one_endpoint(SERVICE_CLUSTER, address),
+    )
+
+
+def _http1_upstream(idle_timeout: timedelta | None = None) -> dict[str, Any]:
+    return _upstream_protocol(
+        HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()), idle_timeout
+    )
+
+
+def _upstream_protocol(
+    protocol: HttpProtocolOptionsExplicitHttpConfig, idle_timeout: timedelta | None = None
+) -> dict[str, Any]:
+    options = UpstreamHttpProtocolOptions(
+        explicit_http_config=protocol,
+        common_http_protocol_options=HttpProtocolOptions(idle_timeout=idle_timeout) if idle_timeout else None,
+    )
+    return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(options)}
+
+
+def _no_circuit_breaker() -> CircuitBreakers:
+    return CircuitBreakers(
+        thresholds=[
+            CircuitBreakersThresholds(
+                max_connections=UNLIMITED, max_pending_requests=UNLIMITED, max_requests=UNLIMITED, max_retries=UNLIMITED
+            )
+        ]
+    )
+
+
+def _one_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
+    return ClusterLoadAssignment(
+        cluster_name=cluster,
+        endpoints=[LocalityLbEndpoints(lb_endpoints=[LbEndpoint(endpoint=Endpoint(address=address))])],
+    )

@@ -1,0 +1,209 @@
+"""The listeners: public, and the two internal ones where ext_proc runs."""
+
+from datetime import timedelta
+
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
+from envoy_data_plane.envoy.config.core.v3 import (
+    Http2ProtocolOptions,
+    HttpProtocolOptions,
+    HttpProtocolOptionsHeadersWithUnderscoresAction,
+    TypedExtensionConfig,
+)
+from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
+from envoy_data_plane.envoy.config.route.v3 import (
+    HeaderMatcher,
+    RetryPolicy,
+    Route,
+    RouteAction,
+    RouteConfiguration,
+    RouteMatch,
+    VirtualHost,
+)
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpConnectionManagerPathWithEscapedSlashesAction,
+    HttpConnectionManagerServerHeaderTransformation,
+    HttpFilter,
+)
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
+    HeaderMutation as EarlyHeaderMutation,
+)
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
+from envoy_data_plane.google.protobuf import Any
+
+from extproc.config import MIB, Config
+from extproc.envoy_config.addresses import bracketed, socket_address
+from extproc.envoy_config.names import PREFILL_LISTENER, PUBLIC, ROUTE_LISTENER
+from extproc.envoy_config.replies import access_log_of, json_local_replies
+from extproc.envoy_config.routing import pd_routes, prefill_filter, prefill_routes, route_filter
+from extproc.errors import ConfigError
+from extproc.mutation import RESERVED_NAMES, RESERVED_PREFIXES, RETRY
+
+STRIPPED_PREFIXES = (*RESERVED_PREFIXES, "x-envoy-")
+"""Headers no client may set: what steers us or an engine, and Envoy's own knobs (timeouts, retries)."""
+BODY_SLACK_BYTES = MIB
+"""Room above the largest client body for what the service splices in: about 200 bytes, and 20 per room of a batch."""
+MAX_BUFFER_BYTES = 2**31 - 1
+"""A gRPC message of Python's grpcio is at most this long, and the whole body is one message."""
+REQUEST_HEADERS_TIMEOUT_S = 10
+REQUEST_UPLOAD_TIMEOUT_S = 300
+"""Slow clients hold buffers. 64 MiB in 300 s is 1.8 Mbit/s."""
+
+
+def public_listener(config: Config, *, access_log: str | None = None) -> Listener:
+    """Where clients come in: cleans the request, then hands it to `il_pd`, again with another pair if that fails."""
+    timeout = timedelta(seconds=config.request_timeout_secs)
+    manager = HttpConnectionManager(
+        stat_prefix=PUBLIC,
+        access_log=access_log_of(access_log, PUBLIC),
+        use_remote_address=True,
+        # A client's own request id is worth more than a fresh one when it asks about a request.
+        preserve_external_request_id=True,
+        always_set_request_id_in_response=True,
+        server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
+        normalize_path=True,
+        merge_slashes=True,
+        # Engines (ASGI) unescape the path, so the service must see what they will see.
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_FORWARD,
+        common_http_protocol_options=HttpProtocolOptions(
+            headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.DROP_HEADER
+        ),
+        http2_protocol_options=Http2ProtocolOptions(
+            max_concurrent_streams=1000,
+            # 20 MB prompts should not wait a round trip per 64 KiB; a connection may hold 16 such streams.
+            initial_stream_window_size=MIB,
+            initial_connection_window_size=16 * MIB,
+        ),
+        request_headers_timeout=timedelta(seconds=REQUEST_HEADERS_TIMEOUT_S),
+        request_timeout=min(timeout, timedelta(seconds=REQUEST_UPLOAD_TIMEOUT_S)),
+        # A prompt may wait in an engine's queue for as long as the whole request may take.
+        stream_idle_timeout=timeout,
+        early_header_mutation_extensions=[
+            TypedExtensionConfig(
+                name="envoy.http.early_header_mutation.header_mutation",
+                typed_config=Any.pack(EarlyHeaderMutation(mutations=_strip_client_headers())),
+            )
+        ],
+        local_reply_config=json_local_replies(config),
+        http_filters=[_router_filter()],
+        route_config=RouteConfiguration(
+            name=PUBLIC,
+            virtual_hosts=[
+                VirtualHost(
+                    name=PUBLIC,
+                    domains=["*"],
+                    include_request_attempt_count=True,
+                    response_headers_to_remove=[RETRY],
+                    # What a retry can send again. Not the connection's limit: that would also let each slow reader of a
+                    # stream hold as much, and over HTTP/2 the flow-control window is the limit that counts instead.
+                    request_body_buffer_limit=buffer_limit_bytes(config),
+                    routes=[
+                        Route(
+                            match=RouteMatch(prefix="/"),
+                            route=RouteAction(
+                                cluster=ROUTE_LISTENER, timeout=timeout, retry_policy=_pair_retry(config)
+                            ),
+                        )
+                    ],
+                )
+            ],
+        ),
+    )
+    return Listener(
+        name=PUBLIC,
+        address=socket_address(f"{bracketed(config.host)}:{config.port}", "host"),
+        filter_chains=[_http_chain(manager)],
+    )
+
+
+def route_listener(config: Config, *, access_log: str | None = None) -> Listener:
+    """`il_pd`: one attempt with one pair. The service picks it, decode answers, the mirror goes to prefill."""
+    return _internal_listener(
+        ROUTE_LISTENER,
+        # The body is collected here for the service; what exceeds the limit gets 413.
+        buffer_limit_bytes=buffer_limit_bytes(config),
+        manager=HttpConnectionManager(
+            stat_prefix=ROUTE_LISTENER,
+            access_log=access_log_of(access_log, ROUTE_LISTENER),
+            # The public listener's timers watch the request; a second set could only disagree with them.
+            stream_idle_timeout=timedelta(0),
+            server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
+            preserve_external_request_id=True,
+            local_reply_config=json_local_replies(config),
+            http_filters=[route_filter(), _router_filter()],
+            route_config=RouteConfiguration(
+                name=ROUTE_LISTENER, virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes())]
+            ),
+        ),
+    )
+
+
+def prefill_listener(config: Config, *, access_log: str | None = None) -> Listener:
+    """`il_p`: the mirrored request, with prefill's own body, watched by its own ext_proc stream.
+
+    Its answers are dropped. The service reads those of failures, so Envoy's own stay plain text."""
+    return _internal_listener(
+        PREFILL_LISTENER,
+        manager=HttpConnectionManager(
+            stat_prefix=PREFILL_LISTENER,
+            access_log=access_log_of(access_log, PREFILL_LISTENER),
+            stream_idle_timeout=timedelta(0),
+            server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
+            preserve_external_request_id=True,
+            http_filters=[prefill_filter(), _router_filter()],
+            route_config=RouteConfiguration(
+                name=PREFILL_LISTENER,
+                virtual_hosts=[VirtualHost(name=PREFILL_LISTENER, domains=["*"], routes=prefill_routes(config))],
+            ),
+        ),
+    )
+
+
+def buffer_limit_bytes(config: Config) -> int:
+    """Bytes that may be held of one request body. Raises ConfigError when that is more than one gRPC message."""
+    limit = config.max_payload_size + BODY_SLACK_BYTES
+    if limit > MAX_BUFFER_BYTES:
+        raise ConfigError(f"max_payload_size: at most {MAX_BUFFER_BYTES - BODY_SLACK_BYTES} bytes, as one gRPC message")
+    return limit
+
+
+def _internal_listener(name: str, *, manager: HttpConnectionManager, buffer_limit_bytes: int | None = None) -> Listener:
+    return Listener(
+        name=name,
+        internal_listener=ListenerInternalListenerConfig(),
+        per_connection_buffer_limit_bytes=buffer_limit_bytes,
+        filter_chains=[_http_chain(manager)],
+    )
+
+
+def _http_chain(manager: HttpConnectionManager) -> FilterChain:
+    name = "envoy.filters.network.http_connection_manager"
+    return FilterChain(filters=[Filter(name=name, typed_config=Any.pack(manager))])
+
+
+def _router_filter() -> HttpFilter:
+    # Engines and clients have no use for x-envoy-expected-rq-timeout-ms and the like. The attempt count stays.
+    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router(suppress_envoy_headers=True)))
+
+
+def _pair_retry(config: Config) -> RetryPolicy:
+    """Another attempt with another pair, while the client has got nothing.
+
+    The service marks the answers for which that makes sense, and it alone can pick another pair: so not every 502 and
+    503 (no worker, the service not there) is asked for again."""
+    return RetryPolicy(
+        retry_on="connect-failure,refused-stream,reset-before-request,retriable-headers",
+        retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
+        num_retries=config.retry_max_retries,
+    )
+
+
+def _strip_client_headers() -> list[HeaderMutation]:
+    by_prefix = [
+        HeaderMutation(
+            remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix, ignore_case=True))
+        )
+        for prefix in STRIPPED_PREFIXES
+    ]
+    return [*by_prefix, *(HeaderMutation(remove=name) for name in sorted(RESERVED_NAMES))]

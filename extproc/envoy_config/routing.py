@@ -1,0 +1,160 @@
+"""What happens to a request inside: the two ext_proc filters, and the routes by what the service answered."""
+
+import json
+from datetime import timedelta
+
+from envoy_data_plane.envoy.config.core.v3 import (
+    DataSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+)
+from envoy_data_plane.envoy.config.route.v3 import (
+    DirectResponseAction,
+    HeaderMatcher,
+    Route,
+    RouteAction,
+    RouteActionRequestMirrorPolicy,
+    RouteMatch,
+)
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ExternalProcessor,
+    ProcessingMode,
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
+from envoy_data_plane.google.protobuf import Any
+
+from extproc.config import Config
+from extproc.envoy_config.names import (
+    DECODE_CLUSTER,
+    LEG_METADATA,
+    MODE_DIRECT,
+    MODE_PD,
+    PREFILL_CLUSTER,
+    PREFILL_LISTENER,
+    SERVICE_CLUSTER,
+)
+from extproc.events import Leg
+from extproc.mutation import MODE, ROOM
+
+MESSAGE_TIMEOUT_S = 10
+"""How long ext_proc waits for one answer; then the request goes on unmarked and gets a 503. Envoy's default of 200 ms
+is too short for a 64 MiB body over gRPC beside other work; this long, only a hung service reaches it."""
+RETRY_AFTER_S = 1
+"""What clients are told while nobody schedules; a service restart takes about this long."""
+NOBODY_SCHEDULES = "the PD scheduler is not answering; try again"
+
+
+def route_filter() -> HttpFilter:
+    """The ext_proc filter of `il_pd`: reads the whole request, then only response headers and the end."""
+    return _ext_proc_filter(Leg.ROUTE, request_body=ProcessingModeBodySendMode.BUFFERED)
+
+
+def prefill_filter() -> HttpFilter:
+    """The ext_proc filter of `il_p`: the service answers the headers with a body of its own, so none is sent to it."""
+    return _ext_proc_filter(Leg.PREFILL, request_body=ProcessingModeBodySendMode.NONE)
+
+
+def _ext_proc_filter(leg: Leg, *, request_body: ProcessingModeBodySendMode) -> HttpFilter:
+    return HttpFilter(
+        name=f"extproc.{leg}",
+        typed_config=Any.pack(
+            ExternalProcessor(
+                grpc_service=GrpcService(
+                    envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER),
+                    initial_metadata=[HeaderValue(key=LEG_METADATA, value=leg.value)],
+                ),
+                stat_prefix=leg.value,
+                processing_mode=ProcessingMode(
+                    request_header_mode=ProcessingModeHeaderSendMode.SEND,
+                    request_body_mode=request_body,
+                    request_trailer_mode=ProcessingModeHeaderSendMode.SKIP,
+                    response_header_mode=ProcessingModeHeaderSendMode.SEND,
+                    response_body_mode=ProcessingModeBodySendMode.NONE,
+                    # Keeps the gRPC stream open until the HTTP request ends: that is how the service learns of it.
+                    response_trailer_mode=ProcessingModeHeaderSendMode.SEND,
+                ),
+                allow_mode_override=True,
+                # Running streams survive a dead service; new requests come out unmarked and get the 503 route.
+                failure_mode_allow=True,
+                message_timeout=timedelta(seconds=MESSAGE_TIMEOUT_S),
+            )
+        ),
+    )
+
+
+def pd_routes() -> list[Route]:
+    """Where a request of `il_pd` goes by what the service wrote into `x-pd-mode`. Nothing is retried here: a room
+    belongs to one attempt of both legs, so only the pair can be retried, by whoever sent the request here."""
+    forever = timedelta(0)
+    return [
+        Route(
+            name="pd",
+            match=_when_header(MODE, StringMatcher(exact=MODE_PD)),
+            route=RouteAction(
+                cluster=DECODE_CLUSTER,
+                timeout=forever,
+                request_mirror_policies=[
+                    RouteActionRequestMirrorPolicy(cluster=PREFILL_LISTENER, disable_shadow_host_suffix_append=True)
+                ],
+            ),
+        ),
+        Route(
+            name="direct",
+            match=_when_header(MODE, StringMatcher(exact=MODE_DIRECT)),
+            route=RouteAction(cluster=DECODE_CLUSTER, timeout=forever),
+        ),
+        Route(
+            name="unscheduled",
+            match=RouteMatch(prefix="/"),
+            direct_response=_json_reply(503, NOBODY_SCHEDULES, "service_unavailable"),
+            response_headers_to_add=[
+                _set_header("content-type", "application/json"),
+                _set_header("retry-after", str(RETRY_AFTER_S)),
+            ],
+        ),
+    ]
+
+
+def prefill_routes(config: Config) -> list[Route]:
+    """Only what the service marked with a room goes to a prefill engine: another body there would block it."""
+    return [
+        Route(
+            name="prefill",
+            match=_when_header(ROOM),
+            route=RouteAction(
+                cluster=PREFILL_CLUSTER,
+                timeout=timedelta(0),
+                # Frees what an engine that neither reads nor answers would hold forever.
+                idle_timeout=timedelta(seconds=config.request_timeout_secs),
+            ),
+        ),
+        Route(
+            name="unscheduled",
+            match=RouteMatch(prefix="/"),
+            direct_response=_json_reply(503, NOBODY_SCHEDULES, "service_unavailable"),
+        ),
+    ]
+
+
+def _when_header(name: str, value: StringMatcher | None = None) -> RouteMatch:
+    matcher = HeaderMatcher(name=name, string_match=value) if value else HeaderMatcher(name=name, present_match=True)
+    return RouteMatch(prefix="/", headers=[matcher])
+
+
+def _json_reply(status: int, message: str, kind: str) -> DirectResponseAction:
+    """An OpenAI-style error body."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return DirectResponseAction(status=status, body=DataSource(inline_string=json.dumps({"error": error})))
+
+
+def _set_header(name: str, value: str) -> HeaderValueOption:
+    return HeaderValueOption(
+        header=HeaderValue(key=name, value=value),
+        append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
