@@ -44,12 +44,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Raises ConfigError when the URL is not `http://host[:port]`.
         """
         parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ConfigError(f"{role} worker url {self.url!r}: expected http://HOST[:PORT]")
-        if parts.path.strip("/") or parts.query or parts.username:
-            raise ConfigError(
-                f"{role} worker url {self.url!r}: expected http://HOST[:PORT] without path or credentials"
-            )
+        extras = parts.path.strip("/") or parts.query or parts.username
+        if parts.scheme != "http" or not parts.hostname or extras:
+            raise ConfigError(f"{role} worker url {self.url!r}: expected http://HOST[:PORT] and nothing after it")
         try:
             port = parts.port or 80
         except ValueError as error:

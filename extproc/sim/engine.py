@@ -10,7 +10,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 from extproc.sim.config import EngineConfig
 from extproc.sim.decode_side import DecodeSide
 from extproc.sim.generation import Generation, Intake, let_through
-from extproc.sim.job import Role
+from extproc.sim.job import Job, Role
 from extproc.sim.model import EngineModel
 from extproc.sim.prefill_side import PrefillSide
 from extproc.sim.records import Records
@@ -61,6 +61,11 @@ class Engine:
     def open_requests(self) -> int:
         """Prompts under way."""
         return len(self._started.pending)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What is under way, one for each prompt; their phases tell how far they are."""
+        return list(self._started.pending)
 
     @property
     def now_s(self) -> float:

@@ -222,8 +222,8 @@ def test_20_mb_fit_through():
 def test_nonsense_ends_the_stream_with_a_reason(message, text):
     async def script(open_stream, finished):
         route = open_stream()
+        await route.send(message)
         with pytest.raises(grpc.aio.AioRpcError, match=text) as raised:
-            await route.send(message)
             await route.read()
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         await finished.get()

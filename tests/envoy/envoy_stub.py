@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
 import grpc
@@ -27,6 +27,23 @@ from extproc.envoy_process import EnvoyProcess
 PATIENCE_S = 15
 """How long a test waits for what must happen: an upper bound for a busy machine, never a measure."""
 
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    """Run one test's coroutine to its end, or fail when it hangs."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(4 * PATIENCE_S):
+            await scenario
+
+    asyncio.run(bounded())
+
+
+async def soon(event: asyncio.Event) -> None:
+    """Wait for an event that must happen."""
+    async with asyncio.timeout(PATIENCE_S):
+        await event.wait()
+
+
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
 
 
@@ -43,7 +60,6 @@ class Stream:
     response_body: bytes | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    started_s: float = field(default_factory=time.monotonic)
 
     def note(self, event: str) -> None:
         self.events.append(event)
@@ -93,6 +109,8 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
         self.streams: list[Stream] = []
         self.rooms = itertools.count(1000)
         self.opened = asyncio.Event()
+        self.bodies: dict[str, bytes] = {}
+        """What the client sent, by room."""
         self.override: Answer | None = None
         """Asked first, before the defaults below; None leaves the answer to them."""
 
@@ -171,7 +189,7 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
 
     def on_request_body(self, stream: Stream, request: pb2.ProcessingRequest) -> pb2.ProcessingResponse:
         room = str(next(self.rooms))
-        self.bodies = {**getattr(self, "bodies", {}), room: stream.body}
+        self.bodies[room] = stream.body
         response = pb2.ProcessingResponse()
         common = response.request_body.response
         common.body_mutation.body = self.body_for("decode", room)
@@ -221,6 +239,8 @@ class Call:
     """The whole body is here."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Envoy closed the connection before the answer was complete."""
+    port: int = 0
+    """Envoy's end of the connection."""
 
 
 Behave = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -228,6 +248,16 @@ Behave = Callable[[Call], Awaitable[web.StreamResponse]]
 
 async def answer_ok(call: Call) -> web.StreamResponse:
     return web.json_response({"ok": True})
+
+
+async def never(call: Call) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+async def reset(call: Call) -> web.StreamResponse:
+    abort(call)
+    return await never(call)
 
 
 def abort(call: Call) -> None:
@@ -267,7 +297,7 @@ class Engine:
         return self.calls[index]
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        call = Call(request)
+        call = Call(request, port=request.transport.get_extra_info("peername")[1])
         self.calls.append(call)
         self.arrived.set()
         try:
@@ -287,6 +317,39 @@ async def sse(call: Call, chunks: AsyncIterator[bytes]) -> web.StreamResponse:
     return response
 
 
+class Relay:
+    """A TCP hop that can be cut: every connection reset and new ones refused, as when the process behind is killed."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        if self._server:
+            self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers += [writer, back_writer]
+        await asyncio.gather(self._pump(reader, back_writer), self._pump(back_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
 @dataclass
 class Bench:
     """Service, engines and Envoy, all running."""
@@ -294,17 +357,22 @@ class Bench:
     prefill: Engine
     decode: Engine
     service: StubService
-    server: grpc.aio.Server
+    relay: Relay
     envoy: EnvoyProcess
     url: str
     client: httpx.AsyncClient
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     async def post(self, body: bytes = b'{"prompt": 1}', **kwargs) -> httpx.Response:
         return await self.client.post(f"{self.url}/generate", content=body, **kwargs)
 
 
 @contextlib.asynccontextmanager
-async def bench(access_log: str | None = None, http2: bool = False, edit=None, **settings) -> AsyncIterator[Bench]:
+async def bench(*, http2: bool = False, **settings) -> AsyncIterator[Bench]:
+    """Everything running, with `settings` on top of the defaults of `Config`."""
     async with (
         Engine().run() as prefill,
         Engine().run() as decode,
@@ -313,25 +381,21 @@ async def bench(access_log: str | None = None, http2: bool = False, edit=None, *
         service = StubService(prefill.endpoint, decode.endpoint)
         server = grpc.aio.server(options=GRPC_OPTIONS)
         pb2_grpc.add_ExternalProcessorServicer_to_server(service, server)
-        grpc_port = server.add_insecure_port("127.0.0.1:0")
+        relay = Relay(server.add_insecure_port("127.0.0.1:0"))
         await server.start()
-        config = Config(host="127.0.0.1", port=free_port(), grpc_port=grpc_port, **settings)
-        message = bootstrap(config, admin="127.0.0.1:0", access_log=access_log)
-        text = to_yaml(message)
-        if edit:
-            text = edit(text)
+        await relay.start()
+        config = Config(host="127.0.0.1", port=free_port(), grpc_port=relay.port, **settings)
+        text = to_yaml(bootstrap(config, admin="127.0.0.1:0"))
         try:
             async with EnvoyProcess(text, concurrency=1) as envoy:
-                url = f"http://127.0.0.1:{config.port}"
-                yield Bench(prefill, decode, service, server, envoy, url, client)
+                yield Bench(prefill, decode, service, relay, envoy, f"http://127.0.0.1:{config.port}", client)
         finally:
+            relay.cut()
             await server.stop(0)
 
 
 def free_port() -> int:
     """A port that was free a moment ago (Envoy tells the admin port it chose, but not a listener's)."""
-    import socket  # noqa: PLC0415
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -36,7 +36,12 @@ class Pair:
         return prefill, decode
 
     async def send(
-        self, path: str, body: dict[str, Any], room: Any, prefill_rank: int | None = None, decode_rank: int | None = None
+        self,
+        path: str,
+        body: dict[str, Any],
+        room: Any,
+        prefill_rank: int | None = None,
+        decode_rank: int | None = None,
     ) -> tuple[httpx.Response, httpx.Response]:
         """Both legs at the same time."""
         prefill, decode = self.bodies(body, room, prefill_rank, decode_rank)

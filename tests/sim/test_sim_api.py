@@ -152,7 +152,7 @@ def test_a_body_that_does_not_fit_is_a_400(path: str, body: bytes) -> None:
         ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}, "must be at least 0"),
         ("/generate", {"text": "a", "routed_dp_rank": 1}, "out of range"),
         ("/generate", {"text": "a", "data_parallel_rank": 1}, "out of range"),
-        ("/generate", {"text": "a" * 400}, "longer than the model's context length"),
+        ("/generate", {"text": "a" * 800}, "longer than the model's context length"),
         ("/generate", {"text": "a" * 200}, "maximum context length"),
         ("/v1/chat/completions", {"model": "m", "messages": []}, "Messages cannot be empty"),
         ("/v1/completions", {"model": "m", "prompt": ""}, "Prompt cannot be empty"),
@@ -160,7 +160,7 @@ def test_a_body_that_does_not_fit_is_a_400(path: str, body: bytes) -> None:
     ],
 )
 def test_the_engine_says_what_it_refuses_in_the_shape_of_the_path(path: str, body: Any, part: str) -> None:
-    answer = post(path, body, context_tokens=100)
+    answer = post(path, body, context_tokens=150)
     assert answer.status_code == 400
     if path == "/generate":
         assert part in answer.json()["error"]["message"]
@@ -230,7 +230,9 @@ SLOW = GpuModel(decode_base_ms=200.0)
 
 def test_a_client_that_leaves_ends_its_request() -> None:
     async def test(engine: Engine, http: httpx.AsyncClient) -> None:
-        call = asyncio.create_task(http.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 9000}}))
+        call = asyncio.create_task(
+            http.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 9000}})
+        )
         await until(lambda: engine.open_requests == 1)
         call.cancel()
         await until(lambda: engine.open_requests == 0)
@@ -276,7 +278,7 @@ def test_records_tell_what_came_and_are_bounded() -> None:
         assert [record.number for record in records] == [3, 4, 5]
         assert [record.headers["x-test"] for record in records] == ["2", "3", "4"]
         assert [record.body is None for record in records] == [False, True, True]
-        assert [record.body_length for record in records] == [231, 331, 431]
+        assert [record.body_length for record in records] == [229, 329, 429]
         shown = (await http.get("/sim/requests")).json()
         assert [record["number"] for record in shown] == [3, 4, 5]
         assert json.loads(shown[0]["body"])["text"] == "x" * 200

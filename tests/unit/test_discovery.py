@@ -496,6 +496,23 @@ def test_a_name_is_resolved_again_and_a_moved_worker_is_asked_what_it_is():
     assert sorted(set(calls)) == [0, 30, 60, 90, 120]
 
 
+def test_a_worker_that_recovers_while_the_resolver_is_down_keeps_its_endpoint():
+    engine = Engine()
+    up = [True]
+
+    async def lookup(host, port):
+        if not up[0]:
+            raise socket.gaierror("resolver is down")
+        return ["10.0.0.1"]
+
+    steps = at(
+        (6, set_health(engine, None)), (7, up.clear), (7, lambda: up.append(False)), (31, set_health(engine, 200))
+    )
+    sink = watch_for(40, {"p": engine}, steps, lookup=lookup)
+    assert sink.brief == [(0, "p:30000", True), (20, "p:30000", False), (35, "p:30000", True)]
+    assert sink.changes[-1][1].endpoint == "10.0.0.1:30000"
+
+
 def test_a_name_that_cannot_be_resolved_is_a_worker_that_is_not_up():
     config = Config(decode=(WorkerConfig(url="http://nowhere:1"),), worker_startup_check_interval=30)
     sink = watch_for(40, {"nowhere": Engine(disaggregation_mode="decode")}, config=config)

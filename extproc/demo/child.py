@@ -1,0 +1,117 @@
+"""One `extproc` command as a child process that logs to a file and never outlives its parent.
+
+Synchronous. Start it from a thread that lives as long as the child should: to Linux the parent is a thread.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+POLL_S = 0.03
+"""How often start-up and end are looked at. A Python process takes about a second to start."""
+LAST_LINES = 15
+
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)  # it died in between
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""What the child runs first, so that it gets SIGTERM should the parent die without a word (SIGKILL, crash).
+
+Not a `preexec_fn`: the parent may have threads. Linux only; elsewhere a killed parent leaves its children behind."""
+
+
+T = TypeVar("T")
+
+
+class StackError(Exception):
+    """A process could not be started, or died. The message has the last lines of its log."""
+
+
+class Child:
+    """One running process. `name` is for messages; the log file is replaced when it exists."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        """Start `python -m extproc ARGUMENTS`."""
+        self.name = name
+        self.log = log
+        command = [sys.executable, "-m", "extproc", *arguments]
+        if sys.platform == "linux":
+            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal is for the parent, which stops its children in order
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id; the process may be over."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    @property
+    def log_text(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        """Send a signal; nothing happens when the process is over."""
+        self._process.send_signal(number)
+
+    def wait_until(self, look: Callable[[], T | None], what: str, timeout_s: float) -> T:
+        """Call `look` until it gives something other than None.
+
+        Raises StackError when the process ends before that, or the time is over.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            over = self.exit_status is not None or time.monotonic() > deadline_s
+            found = look()
+            if found is not None:
+                return found
+            if over:
+                raise self.failure(
+                    f"before {what}" if self.exit_status is not None else f"no {what} in {timeout_s:g} s"
+                )
+            time.sleep(POLL_S)
+
+    def failure(self, context: str) -> StackError:
+        """What became of the process and what it said last, as an error to raise."""
+        status = self.exit_status
+        state = "is still running" if status is None else f"ended with {_exit_reason(status)}"
+        lines = self.log_text.splitlines()[-LAST_LINES:] or ["(nothing)"]
+        said = "\n".join(f"  {line}" for line in lines)
+        return StackError(f"{self.name} {state}: {context}. Last lines of its log:\n{said}")
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL when it takes too long. Safe to call twice."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _exit_reason(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"

@@ -1,0 +1,132 @@
+"""Effects → bytes → what an independent implementation reads, and back."""
+
+import betterproto2
+import pytest
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode
+from envoy_data_plane.envoy.service.ext_proc.v3 import (
+    CommonResponseResponseStatus,
+    HttpBody,
+    HttpHeaders,
+    HttpTrailers,
+    ProcessingRequest,
+    ProcessingResponse,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc import wire
+from extproc.events import (
+    Answer,
+    Immediate,
+    Phase,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Trailers,
+)
+
+
+def http_headers(*pairs, raw=True, end_of_stream=False):
+    values = [
+        HeaderValue(key=key, raw_value=value.encode("latin-1")) if raw else HeaderValue(key=key, value=value)
+        for key, value in pairs
+    ]
+    return HttpHeaders(headers=HeaderMap(headers=values), end_of_stream=end_of_stream)
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (
+            ProcessingRequest(request_headers=http_headers((":path", "/"), ("a", "1"), ("a", "2"), end_of_stream=True)),
+            RequestHeaders({":path": "/", "a": "1"}, True),
+        ),
+        (
+            ProcessingRequest(request_headers=http_headers((":path", "/ü"), raw=True)),
+            RequestHeaders({":path": "/ü"}, False),
+        ),
+        (ProcessingRequest(request_headers=http_headers(("a", "1"), raw=False)), RequestHeaders({"a": "1"}, False)),
+        (ProcessingRequest(request_body=HttpBody(body=b"x\xff")), RequestBody(b"x\xff")),
+        (
+            ProcessingRequest(response_headers=http_headers((":status", "404"))),
+            ResponseHeaders({":status": "404"}),
+        ),
+        (ProcessingRequest(response_body=HttpBody(body=b"x")), ResponseBody(b"x")),
+        (ProcessingRequest(request_trailers=HttpTrailers()), Trailers(Phase.REQUEST_TRAILERS)),
+        (ProcessingRequest(response_trailers=HttpTrailers()), Trailers(Phase.RESPONSE_TRAILERS)),
+    ],
+)
+def test_decode(message, event):
+    assert wire.decode(bytes(message)) == event
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\x12\x05abc"])
+def test_what_is_no_request(data):
+    with pytest.raises(wire.WireError):
+        wire.decode(data)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_event_or_a_wire_error(data):
+    try:
+        event = wire.decode(data)
+    except wire.WireError:
+        return
+    assert isinstance(event, RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers)
+
+
+def encoded(reply):
+    return ProcessingResponse.parse(wire.encode(reply))
+
+
+@pytest.mark.parametrize(
+    ("phase", "field"),
+    [
+        (Phase.REQUEST_HEADERS, "request_headers"),
+        (Phase.REQUEST_BODY, "request_body"),
+        (Phase.REQUEST_TRAILERS, "request_trailers"),
+        (Phase.RESPONSE_HEADERS, "response_headers"),
+        (Phase.RESPONSE_BODY, "response_body"),
+        (Phase.RESPONSE_TRAILERS, "response_trailers"),
+    ],
+)
+def test_an_answer_is_of_the_kind_of_the_question(phase, field):
+    response = encoded(Answer(phase))
+    assert betterproto2.which_one_of(response, "response")[0] == field
+    assert response.mode_override is None
+
+
+def test_a_body_brings_its_length_and_replaces_at_headers():
+    for phase, status in (
+        (Phase.REQUEST_HEADERS, CommonResponseResponseStatus.CONTINUE_AND_REPLACE),
+        (Phase.REQUEST_BODY, CommonResponseResponseStatus.CONTINUE),
+    ):
+        response = encoded(Answer(phase, set_headers=(("a", "b"),), remove_headers=("c",), body=b"xyz"))
+        common = (response.request_headers or response.request_body).response
+        assert common.status is status
+        assert common.body_mutation.body == b"xyz"
+        options = {option.header.key: option.header.raw_value for option in common.header_mutation.set_headers}
+        assert options == {"a": b"b", "content-length": b"3"}
+        assert common.header_mutation.remove_headers == ["c"]
+        assert not common.clear_route_cache
+
+
+def test_an_empty_body_is_still_a_body():
+    common = encoded(Answer(Phase.REQUEST_BODY, body=b"")).request_body.response
+    assert common.body_mutation.body == b""
+
+
+def test_mode_overrides():
+    skip = encoded(Answer(Phase.REQUEST_HEADERS, skip_request_body=True, pick_route_again=True))
+    assert skip.mode_override.request_body_mode is ProcessingModeBodySendMode.NONE
+    assert skip.request_headers.response.clear_route_cache
+    want = encoded(Answer(Phase.RESPONSE_HEADERS, want_response_body=True))
+    assert want.mode_override.response_body_mode is ProcessingModeBodySendMode.BUFFERED
+
+
+def test_immediate():
+    immediate = encoded(Immediate(502, (("content-type", "x"),), b"body", "why")).immediate_response
+    assert (immediate.status.code, immediate.body, immediate.details) == (502, b"body", "why")
+    assert immediate.headers.set_headers[0].header.raw_value == b"x"
