@@ -119,6 +119,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             seen.add(worker.name)
         return workers
 
+    def models(self) -> tuple[str, ...]:
+        """The model that requests must name; empty when none is configured: then any name goes to the engines.
+
+        Raises ConfigError for more than one: a gateway does not tell workers of different models apart.
+        """
+        models = sorted({entry.model for entry in (*self.prefill, *self.decode) if entry.model})
+        if len(models) > 1:
+            raise ConfigError(f"workers of different models ({', '.join(models)}): run one gateway for each model")
+        return tuple(models)
+
     def worker_policy(self, role: Role) -> str:
         """Name of the policy that picks the worker of a role."""
         return (self.prefill_policy if role is Role.PREFILL else self.decode_policy) or self.policy
@@ -153,6 +163,7 @@ def build(file_keys: Mapping[str, object], flags: Mapping[str, object], source: 
     except msgspec.ValidationError as error:
         raise ConfigError(f"flags: {_readable(error)}") from None
     config.workers()
+    config.models()
     return config
 
 

@@ -106,6 +106,7 @@ class Gateway:
         self.table = table
         self.scheduler = scheduler
         self.clock = clock
+        self.models = config.models()
         self._open: dict[int, Exchange] = {}
         self._failed_workers: OrderedDict[str, set[str]] = OrderedDict()
 
@@ -239,7 +240,7 @@ class Exchange:
         before_s = gateway.clock()
         check_length(len(body), gateway.config.max_payload_size)
         assert self._endpoint is not None  # noqa: S101 - state BODY has one
-        request = parse(self._endpoint, body, models=gateway.table.models())
+        request = parse(self._endpoint, body, models=gateway.models)
         self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
         scheduled = gateway.scheduler.place(
             request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()

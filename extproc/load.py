@@ -74,10 +74,6 @@ class LoadTable:
         """The workers of a role that may be picked: healthy, and their address is known."""
         return self._eligible[role]
 
-    def models(self) -> Sequence[str]:
-        """Names of the models served by any worker that told."""
-        return sorted({state.worker.model for state in self._states.values() if state.worker.model})
-
     def worker_changed(self, worker: Worker, healthy: bool, reason: str | None = None) -> None:
         """Take over what discovery found out, and whether the worker may be picked."""
         state = self._states.get(worker.name)

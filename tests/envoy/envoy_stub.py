@@ -60,6 +60,7 @@ class Stream:
     response_body: bytes | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def note(self, event: str) -> None:
         self.events.append(event)
@@ -73,8 +74,9 @@ class Stream:
                 await self.changed.wait()
 
     async def say(self, response: Message) -> None:
-        """Answer out of turn."""
-        await self.context.write(response)
+        """Answer, in turn or out of it. One at a time: grpc.aio refuses a write while another is under way."""
+        async with self.writing:
+            await self.context.write(response)
 
 
 def set_headers(**headers: str) -> pb2.HeaderMutation:
@@ -143,7 +145,7 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
                 if answer is None:
                     answer = getattr(self, f"on_{kind}")(stream, request)
                 if answer is not NOTHING:
-                    await context.write(answer)
+                    await stream.say(answer)
                     stream.note(f"answered {kind}")
         except asyncio.CancelledError:
             stream.note(f"CancelledError cancelled={context.cancelled()}")

@@ -434,11 +434,11 @@ def test_a_prefill_that_does_not_read_does_not_hold_decode_up() -> None:
             deaf = await asyncio.start_server(hold, "127.0.0.1", 0, limit=1024)
             host, port = deaf.sockets[0].getsockname()
             b.service.prefill = f"{host}:{port}"
-            body = b'{"a":"' + b"x" * 20_000_000 + b'"}'
-            assert (await b.post(body)).status_code == 200
-            await (await b.service.stream("prefill")).say(immediate(499, "gone"))
-            done.set()
-            deaf.close()
+            async with deaf:
+                body = b'{"a":"' + b"x" * 20_000_000 + b'"}'
+                assert (await b.post(body)).status_code == 200
+                await (await b.service.stream("prefill")).say(immediate(499, "gone"))
+                done.set()
 
     run(scenario())
 

@@ -83,7 +83,7 @@ def with_pair(test: Callable[[Pair], Awaitable[None]], **settings: Any) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the engines have no event for it
             await asyncio.sleep(0.005)
 
 

@@ -91,6 +91,7 @@ def test_every_setting_has_a_flag():
         ("decode: [{url: 'http://a:1/path'}]", "nothing after it"),
         ("decode: [{url: 'http://a:99999'}]", "decode worker url"),
         ("decode: [{url: 'http://a:1'}, {url: 'http://a:1'}]", "listed twice"),
+        ("decode: [{url: 'http://a:1', model: x}, {url: 'http://b:1', model: y}]", "different models"),
         ("log_level: loud", "log_level"),
     ],
 )

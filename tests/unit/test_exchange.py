@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.config import Config
+from extproc.config import Config, WorkerConfig
 from extproc.events import (
     Answer,
     Ended,
@@ -147,6 +147,15 @@ def test_bad_input_is_answered_and_charges_nothing(events, status, message):
     [finished] = exchange.route(Ended())
     assert finished.outcome is Outcome.REFUSED
     assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(("model", "status"), [(None, 400), ("other", 404), ("served", None)])
+def test_only_the_configured_model_is_served(model, status):
+    shared = gateway(decode=(WorkerConfig(url="http://d", model="served"),))
+    exchange = Exchange(shared)
+    exchange.route(post("/v1/completions"))
+    [send] = exchange.route(RequestBody(json.dumps({"prompt": "x"} | ({"model": model} if model else {})).encode()))
+    assert getattr(send.reply, "status", None) == status
 
 
 @pytest.mark.parametrize("missing", Role)
