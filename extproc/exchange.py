@@ -51,7 +51,7 @@ from extproc.mutation import (
     reserved,
     response_headers,
 )
-from extproc.request import ENDPOINTS, Endpoint, check_length, parse, split_path
+from extproc.request import ENDPOINTS, ROUTING_KEY, Endpoint, check_length, parse, split_path
 from extproc.schedule import Scheduled, Scheduler
 
 Clock = Callable[[], float]
@@ -153,6 +153,7 @@ class Exchange:
         self._request_id = ""
         self._attempt = 1
         self._strip: tuple[str, ...] = ()
+        self._routing_key = ""
         self._scheduled: Scheduled | None = None
         self._mutation: Mutation | None = None
         self._direct_worker: str | None = None
@@ -206,6 +207,7 @@ class Exchange:
         attempt = headers.get("x-envoy-attempt-count", "")
         self._attempt = int(attempt) if attempt.isdecimal() else 1
         self._strip = reserved(headers)
+        self._routing_key = headers.get(ROUTING_KEY, "")
         if headers.get(":method") == "POST":
             self._endpoint = ENDPOINTS.get(split_path(headers.get(":path", "")))
         if self._endpoint is None:
@@ -240,7 +242,7 @@ class Exchange:
         before_s = gateway.clock()
         check_length(len(body), gateway.config.max_payload_size)
         assert self._endpoint is not None  # noqa: S101 - state BODY has one
-        request = parse(self._endpoint, body, models=gateway.models)
+        request = parse(self._endpoint, body, models=gateway.models, routing_key=self._routing_key)
         self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
         scheduled = gateway.scheduler.place(
             request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()

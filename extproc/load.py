@@ -5,7 +5,7 @@ locks: a pick and its charge are one step. Only writers: `worker_changed` (healt
 `charge` and `release` (exchanges).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from extproc.model import RankLoad, Role, Worker
@@ -50,7 +50,9 @@ class Lease:
 class LoadTable:
     """All workers' states. Made once, passed in everywhere."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
+    def __init__(self, workers: Sequence[Worker], clock: Callable[[], float]) -> None:
+        """`clock`: seconds from any origin, the one that scrapes are timed with."""
+        self.clock = clock
         self._states = {worker.name: _new_state(worker) for worker in workers}
         self._eligible: dict[Role, list[WorkerState]] = {role: [] for role in Role}
 

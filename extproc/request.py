@@ -8,7 +8,7 @@ import enum
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import Raw
@@ -35,6 +35,9 @@ ROUTING_FIELDS = (
     "data_parallel_rank",
 )
 """Body fields that steer an engine (SGLang 0.5.23 `GenerateReqInput`). A client's own values are never honoured."""
+
+ROUTING_KEY = "x-smg-routing-key"
+"""Header with a client's routing key, as SGLang's gateway names it. It cannot name a worker, only keep one."""
 
 BYTES_PER_TOKEN = 4.0
 """Rough size of a token of English text under a byte-pair vocabulary (OpenAI's rule of thumb: ~4 characters).
@@ -100,8 +103,12 @@ class GenerationRequest:
     """Estimated, all prompts together; exact for `input_ids`."""
     max_output_tokens: float
     """What it may generate at most, all prompts together, or the default where it sets no limit."""
-    client_fields: tuple[str, ...]
+    client_fields: tuple[str, ...] = ()
     """Those of ROUTING_FIELDS that the client set, to be overridden."""
+    prompt: memoryview = field(default=memoryview(b""), compare=False, repr=False)
+    """The prompt or messages as they stand in the body: JSON, undecoded. Equal prompts have equal bytes."""
+    routing_key: str = ""
+    """What the client wants requests of a kind to stick by (header ROUTING_KEY); empty: nothing."""
 
 
 def split_path(target: str) -> str:
@@ -115,7 +122,7 @@ def check_length(length: int, limit: int) -> None:
         raise BodyTooLarge(f"the request body has {length} bytes, more than the limit of {limit}: send a smaller one")
 
 
-def parse(endpoint: Endpoint, body: bytes, *, models: Sequence[str] = ()) -> GenerationRequest:
+def parse(endpoint: Endpoint, body: bytes, *, models: Sequence[str] = (), routing_key: str = "") -> GenerationRequest:
     """Parse a body. `models`: the served names that a request must choose from; empty: any name goes.
 
     Raises BadRequest or UnknownModel with a message that says which field is wrong and what was expected.
@@ -156,6 +163,8 @@ def parse(endpoint: Endpoint, body: bytes, *, models: Sequence[str] = ()) -> Gen
         prompt_tokens=prompt_tokens,
         max_output_tokens=output_tokens * batch_size,
         client_fields=tuple(name for name in ROUTING_FIELDS if getattr(fields, name)),
+        prompt=memoryview(_prompt(endpoint, fields)),
+        routing_key=routing_key,
     )
 
 
@@ -190,15 +199,21 @@ def _check_model(endpoint: Endpoint, model: str | None, models: Sequence[str]) -
         )
 
 
+def _prompt(endpoint: Endpoint, fields: _Body) -> Raw:
+    if endpoint is Endpoint.CHAT:
+        return fields.messages
+    if endpoint is Endpoint.COMPLETIONS:
+        return fields.prompt
+    return fields.input_ids if fields.input_ids and bytes(fields.input_ids) != b"null" else fields.text
+
+
 def _measure(endpoint: Endpoint, fields: _Body) -> tuple[int, float]:
     """Number of prompts, and their tokens in all."""
+    prompt = _prompt(endpoint, fields)
     if endpoint is Endpoint.CHAT:
-        return 1, max(1.0, len(bytes(fields.messages)) / BYTES_PER_TOKEN)
-    if endpoint is Endpoint.COMPLETIONS:
-        return _measure_prompt("prompt", fields.prompt)
-    if fields.input_ids and bytes(fields.input_ids) != b"null":
-        return _measure_prompt("input_ids", fields.input_ids)
-    return _measure_prompt("text", fields.text)
+        return 1, max(1.0, len(bytes(prompt)) / BYTES_PER_TOKEN)
+    name = "prompt" if endpoint is Endpoint.COMPLETIONS else "input_ids" if prompt is fields.input_ids else "text"
+    return _measure_prompt(name, prompt)
 
 
 def _measure_prompt(name: str, raw: Raw) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from extproc.errors import NoWorker
 from extproc.load import Lease, LoadTable, WorkerState
 from extproc.load_model import make_load_model
 from extproc.model import Pick, Placement, Role
-from extproc.policy import make_rank_policy, make_worker_policy
+from extproc.policy import PolicyContext, make_rank_policy, make_worker_policy
 from extproc.request import GenerationRequest
 from extproc.rooms import Rooms
 
@@ -31,37 +31,32 @@ class Scheduler:
 
     def __init__(self, config: Config, table: LoadTable, rng: random.Random) -> None:
         """Raises ConfigError when the configuration names an unknown policy or load model."""
-        loads = make_load_model(config.load_model)
+        context = PolicyContext(config, make_load_model(config.load_model), rng, table.clock)
         self._table = table
         self._rooms = Rooms(rng)
-        self._workers = {role: make_worker_policy(config.worker_policy(role), loads, rng) for role in Role}
-        self._ranks = {role: make_rank_policy(config.rank_policy(role), loads) for role in Role}
+        self._workers = {role: make_worker_policy(config.worker_policy(role), context) for role in Role}
+        self._ranks = {role: make_rank_policy(config.rank_policy(role), context) for role in Role}
 
     def place(self, request: GenerationRequest, *, avoid: Collection[str] = ()) -> Scheduled:
         """Place a request and charge it. `avoid`: names of workers that failed it before, used only as a last resort.
 
         Raises NoWorker when a role has no healthy worker; then nothing is charged.
         """
-        prefill = self._workers[Role.PREFILL].pick(self._candidates(Role.PREFILL, avoid), request)
-        decode = self._workers[Role.DECODE].pick(self._candidates(Role.DECODE, avoid), request)
-        tokens = request.prompt_tokens
-        prefill_rank = self._select_rank(prefill, tokens)
-        decode_rank = self._select_rank(decode, tokens)
+        prefill, prefill_rank = self._pick(Role.PREFILL, request, avoid)
+        decode, decode_rank = self._pick(Role.DECODE, request, avoid)
         if prefill_rank is None:
             room = self._rooms.draw(request.batch_size)
         else:  # so that an engine that goes by the room agrees with the pick
             room = self._rooms.draw(request.batch_size, modulus=prefill.worker.rank_count, residue=prefill_rank)
         return Scheduled(
             Placement(Pick(prefill.worker, prefill_rank), Pick(decode.worker, decode_rank), room),
-            prefill=self._table.charge(prefill, _rank_or_room(prefill_rank, room, prefill), tokens),
-            decode=self._table.charge(
-                decode, _rank_or_room(decode_rank, room, decode), tokens, request.max_output_tokens
-            ),
+            prefill=self._charge(prefill, prefill_rank, room, request),
+            decode=self._charge(decode, decode_rank, room, request),
         )
 
     def pick_direct(self) -> WorkerState:
         """A decode worker for a request that generates nothing. Raises NoWorker."""
-        return self._workers[Role.DECODE].pick(self._candidates(Role.DECODE), None)
+        return self._workers[Role.DECODE].pick(self._candidates(Role.DECODE), None).state
 
     def check_available(self) -> None:
         """Raise NoWorker unless both roles have a healthy worker."""
@@ -77,11 +72,19 @@ class Scheduler:
             return [state for state in states if state.worker.name not in avoid] or states
         return states
 
-    def _select_rank(self, state: WorkerState, tokens: float) -> int | None:
-        """None for a worker with one rank, or an unknown number of them: nothing to choose."""
-        return self._ranks[state.worker.role].select_dp_rank(state, tokens) if state.worker.rank_count > 1 else None
+    def _pick(self, role: Role, request: GenerationRequest, avoid: Collection[str]) -> tuple[WorkerState, int | None]:
+        """The worker, and the rank to ask for: None where there is nothing to choose, or the engine is to choose."""
+        state, dp_rank = self._workers[role].pick(self._candidates(role, avoid), request)
+        if state.worker.rank_count == 1:
+            return state, None
+        if dp_rank is None:
+            dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens)
+        return state, dp_rank
 
-
-def _rank_or_room(dp_rank: int | None, room: int, state: WorkerState) -> int:
-    """The rank to charge: where the engine decides, it takes the room modulo its ranks."""
-    return room % len(state.ranks) if dp_rank is None else dp_rank
+    def _charge(self, state: WorkerState, dp_rank: int | None, room: int, request: GenerationRequest) -> Lease:
+        """Charge a leg to its rank; where the engine decides, that is the room modulo its ranks."""
+        charged = room % len(state.ranks) if dp_rank is None else dp_rank
+        role = state.worker.role
+        self._workers[role].placed(request, state, charged)
+        output_tokens = request.max_output_tokens if role is Role.DECODE else 0.0
+        return self._table.charge(state, charged, request.prompt_tokens, output_tokens)

@@ -58,7 +58,7 @@ class Service:
     ) -> None:
         """`grpc_target`: listen there instead of `grpc_host:grpc_port`. Raises ConfigError."""
         self.config = config
-        self.table = LoadTable(config.workers())
+        self.table = LoadTable(config.workers(), clock)
         self.gateway = Gateway(config, self.table, Scheduler(config, self.table, rng or random.Random()), clock)
         self.telemetry = Telemetry(self.table, clock, lambda: self.gateway.open_rooms)
         self.processor = ExternalProcessor(self.gateway, self.telemetry.finished)

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import random
+import time
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 0 if all is well, 1 if a worker has a problem. Raises ConfigError."""
     config = config_from(args)
-    Scheduler(config, LoadTable(config.workers()), random.Random())  # names an unknown policy
+    Scheduler(config, LoadTable(config.workers(), time.monotonic), random.Random())  # names an unknown policy
     reports = asyncio.run(_probe_all(config))
     console = Console()
     console.print(_table(reports))

@@ -74,30 +74,30 @@ class Child:
         """Send a signal; nothing happens when the process is over."""
         self._process.send_signal(number)
 
-    def wait_until(self, look: Callable[[], T | None], what: str, timeout_s: float) -> T:
-        """Call `look` until it gives something other than None.
+    def wait_until(self, look: Callable[[], T | None], state: str, timeout_s: float) -> T:
+        """Call `look` until it gives something other than None. `state`: what is awaited, as in "was not STATE".
 
         Raises StackError when the process ends before that, or the time is over.
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            over = self.exit_status is not None or time.monotonic() > deadline_s
+            ended, late = self.exit_status is not None, time.monotonic() > deadline_s
             found = look()
             if found is not None:
                 return found
-            if over:
-                raise self.failure(
-                    f"before {what}" if self.exit_status is not None else f"no {what} in {timeout_s:g} s"
-                )
+            if ended:
+                raise self.failure(f"ended before it was {state}")
+            if late:
+                raise self.failure(f"was not {state} within {timeout_s:g} s")
             time.sleep(POLL_S)
 
-    def failure(self, context: str) -> StackError:
-        """What became of the process and what it said last, as an error to raise."""
+    def failure(self, what: str) -> StackError:
+        """An error to raise, with what the process said last. `what` completes a sentence that begins with its name."""
         status = self.exit_status
-        state = "is still running" if status is None else f"ended with {_exit_reason(status)}"
+        state = "still running" if status is None else exit_reason(status)
         lines = self.log_text.splitlines()[-LAST_LINES:] or ["(nothing)"]
         said = "\n".join(f"  {line}" for line in lines)
-        return StackError(f"{self.name} {state}: {context}. Last lines of its log:\n{said}")
+        return StackError(f"{self.name} {what} ({state}). Last lines of its log:\n{said}")
 
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, then SIGKILL when it takes too long. Safe to call twice."""
@@ -113,5 +113,6 @@ class Child:
         self._process.wait()
 
 
-def _exit_reason(status: int) -> str:
+def exit_reason(status: int) -> str:
+    """A process's exit status in words."""
     return signal.Signals(-status).name if status < 0 else f"exit status {status}"

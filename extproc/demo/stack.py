@@ -10,6 +10,7 @@ Synchronous, so that tests and scripts can use it from anywhere; see `child` for
 import contextlib
 import random
 import re
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ GATEWAY_FLAGS = (
 )
 """Before a stack's own flags, so that those win."""
 
-_ENGINE_READY = re.compile(r"engine on (http://\S+) ")
+_ENGINE_READY = re.compile(r"engine on (http://\S+) \(dp \d+(?:, bootstrap (\d+))?\)")
 _GATEWAY_READY = re.compile(r"gateway on (http://\S+), metrics on (http://\S+)/metrics")
 _PORT_TAKEN = re.compile(r"cannot listen on|cannot bind|Address already in use")
 
@@ -74,6 +75,7 @@ class EngineProcess:
     arguments: tuple[str, ...]
     url: str = ""
     """Known once it is ready."""
+    bootstrap_port: str | None = None
 
     @property
     def pid(self) -> int:
@@ -112,7 +114,7 @@ class EngineProcess:
                 .json()
             )
         except httpx.HTTPError as error:
-            raise self.process.failure(f"{method} {path}: {error!r}") from None
+            raise self.process.failure(f"does not answer {method} {path}: {error!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ class Stack:
             if self._gateway is not None:
                 self._gateway.process.stop(STOP_TIMEOUT_S)
             for engine in self.engines:  # all at once, rather than one after the other
-                engine.process.signal(15)
+                engine.process.signal(signal.SIGTERM)
         finally:
             for engine in self.engines:
                 engine.process.stop(STOP_TIMEOUT_S)
@@ -232,10 +234,13 @@ class Stack:
         self._start_gateway(self._up_flags if flags is None else tuple(flags), self._gateway)
 
     def restart_engine(self, engine: EngineProcess) -> None:
-        """Stop an engine, if it still runs, and start it anew on its port; it remembers nothing."""
+        """Stop an engine, if it still runs, and start it anew on its ports; it remembers nothing."""
         engine.process.stop(STOP_TIMEOUT_S)
+        arguments = engine.arguments
+        if engine.bootstrap_port is not None:
+            arguments = (*arguments, "--bootstrap-port", engine.bootstrap_port)
         port = engine.url.rpartition(":")[2]
-        fresh = self._launch_engine(engine.label, engine.role, engine.dp_size, engine.arguments, port)
+        fresh = self._launch_engine(engine.label, engine.role, engine.dp_size, arguments, port)
         engine.process = fresh.process
         self._wait_for_engine(engine)
 
@@ -250,8 +255,9 @@ class Stack:
     @staticmethod
     def _wait_for_engine(engine: EngineProcess) -> None:
         process = engine.process
-        ready = process.wait_until(lambda: _ENGINE_READY.search(process.log_text), "it was ready", START_TIMEOUT_S)
+        ready = process.wait_until(lambda: _ENGINE_READY.search(process.log_text), "ready", START_TIMEOUT_S)
         engine.url = ready[1]
+        engine.bootstrap_port = ready[2]
 
     def _start_gateway(self, flags: tuple[str, ...], before: GatewayProcess | None) -> None:
         """Start it, on the ports of the one before if that is given and they are free."""
@@ -286,9 +292,9 @@ class Stack:
         """Until both say so: the service (a healthy pair of workers), and a request through Envoy."""
         gateway = self.gateway
         process = gateway.process
-        process.wait_until(lambda: _GATEWAY_READY.search(process.log_text), "it was ready", START_TIMEOUT_S)
+        process.wait_until(lambda: _GATEWAY_READY.search(process.log_text), "ready", START_TIMEOUT_S)
         for url in (f"{gateway.status_url}/ready", f"{gateway.url}/v1/models"):
-            process.wait_until(lambda url=url: _answers(url), f"{url} answered 200", START_TIMEOUT_S)  # type: ignore[misc]
+            process.wait_until(lambda url=url: _answers(url), f"ready: no 200 from {url}", START_TIMEOUT_S)  # type: ignore[misc]
 
 
 def _answers(url: str) -> bool | None:

@@ -1,40 +1,47 @@
 """Policies by name: which worker of a role, and which DP rank on it. One file a policy; no I/O."""
 
-import random
 from collections.abc import Callable
 
 from extproc.errors import ConfigError
-from extproc.load_model import LoadModel
-from extproc.policy.base import RankPolicy, WorkerPolicy
+from extproc.policy.base import Choice, PolicyContext, RankPolicy, WorkerPolicy
 from extproc.policy.bootstrap_room import BootstrapRoom
 from extproc.policy.minimum_tokens import MinimumTokens
 from extproc.policy.power_of_two import PowerOfTwo
 from extproc.policy.random_choice import RandomChoice
 from extproc.policy.round_robin import RoundRobin
 
-__all__ = ["RANK_POLICIES", "WORKER_POLICIES", "RankPolicy", "WorkerPolicy", "make_rank_policy", "make_worker_policy"]
+__all__ = [
+    "RANK_POLICIES",
+    "WORKER_POLICIES",
+    "Choice",
+    "PolicyContext",
+    "RankPolicy",
+    "WorkerPolicy",
+    "make_rank_policy",
+    "make_worker_policy",
+]
 
-WORKER_POLICIES: dict[str, Callable[[LoadModel, random.Random], WorkerPolicy]] = {
-    "random": lambda _, rng: RandomChoice(rng),
-    "round_robin": lambda _loads, _rng: RoundRobin(),
+WORKER_POLICIES: dict[str, Callable[[PolicyContext], WorkerPolicy]] = {
+    "random": RandomChoice,
+    "round_robin": lambda _: RoundRobin(),
     "power_of_two": PowerOfTwo,
 }
 
-RANK_POLICIES: dict[str, Callable[[LoadModel], RankPolicy]] = {
+RANK_POLICIES: dict[str, Callable[[PolicyContext], RankPolicy]] = {
     "minimum_tokens": MinimumTokens,
     "bootstrap_room": lambda _: BootstrapRoom(),
 }
 
 
-def make_worker_policy(name: str, loads: LoadModel, rng: random.Random) -> WorkerPolicy:
-    """A worker policy by its name; each role gets one of its own. Raises ConfigError for an unknown name."""
+def make_worker_policy(name: str, context: PolicyContext) -> WorkerPolicy:
+    """A worker policy by its name. Raises ConfigError for an unknown one."""
     if name not in WORKER_POLICIES:
         raise ConfigError(f"policy: unknown policy {name!r}, expected one of {', '.join(WORKER_POLICIES)}")
-    return WORKER_POLICIES[name](loads, rng)
+    return WORKER_POLICIES[name](context)
 
 
-def make_rank_policy(name: str, loads: LoadModel) -> RankPolicy:
-    """A rank policy by its name. Raises ConfigError for an unknown name."""
+def make_rank_policy(name: str, context: PolicyContext) -> RankPolicy:
+    """A rank policy by its name. Raises ConfigError for an unknown one."""
     if name not in RANK_POLICIES:
         raise ConfigError(f"rank policy: unknown policy {name!r}, expected one of {', '.join(RANK_POLICIES)}")
-    return RANK_POLICIES[name](loads)
+    return RANK_POLICIES[name](context)

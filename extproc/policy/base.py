@@ -1,17 +1,45 @@
-"""The two choices a policy makes."""
+"""The two choices a policy makes, and what a policy is made from."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+from extproc.config import Config
 from extproc.load import WorkerState
+from extproc.load_model import LoadModel
 from extproc.request import GenerationRequest
 
 
-class WorkerPolicy(Protocol):
-    """Picks the worker of one role."""
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy may use. Its parameters are keys of the configuration."""
 
-    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> WorkerState:
+    config: Config
+    loads: LoadModel
+    rng: random.Random
+    clock: Callable[[], float]
+    """Seconds from any origin."""
+
+
+class Choice(NamedTuple):
+    """A worker, and perhaps a rank on it."""
+
+    state: WorkerState
+    dp_rank: int | None = None
+    """None leaves the rank to the rank policy."""
+
+
+class WorkerPolicy(ABC):
+    """Picks the worker of one role; each role has an instance of its own."""
+
+    @abstractmethod
+    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """One of `states` (at least one, all eligible). `request` is None where there is nothing to generate."""
+
+    def placed(self, request: GenerationRequest, state: WorkerState, dp_rank: int) -> None:  # noqa: B027 - most need it not
+        """A request was placed there; called after each pick, with the rank it is charged to."""
 
 
 class RankPolicy(Protocol):

@@ -4,14 +4,14 @@ Source: `DPRankLoadPolicy` / `--dp-minimum-tokens-scheduler` of SGLang's gateway
 """
 
 from extproc.load import WorkerState
-from extproc.load_model import LoadModel
+from extproc.policy.base import PolicyContext
 
 
 class MinimumTokens:
     """Looks at the load model's figures only; that the charge follows in the same step spreads a burst."""
 
-    def __init__(self, loads: LoadModel) -> None:
-        self._loads = loads
+    def __init__(self, context: PolicyContext) -> None:
+        self._loads = context.loads
 
     def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
         """The least loaded rank, the lowest of equals."""

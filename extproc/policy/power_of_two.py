@@ -4,28 +4,26 @@ Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2
 comparing all, cost the same for 1,000 workers as for 2, and do not send a burst to one worker when figures are old.
 """
 
-import random
 from collections.abc import Sequence
 
 from extproc.load import WorkerState
-from extproc.load_model import LoadModel
+from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.request import GenerationRequest
 
 
-class PowerOfTwo:
+class PowerOfTwo(WorkerPolicy):
     """Compares tokens first; equal tokens (no scrape yet, nothing sent) are decided by legs in flight."""
 
-    def __init__(self, loads: LoadModel, rng: random.Random) -> None:
-        self._loads = loads
-        self._rng = rng
+    def __init__(self, context: PolicyContext) -> None:
+        self._loads = context.loads
+        self._rng = context.rng
 
-    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> WorkerState:
+    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """The less loaded of two different ones of `states`."""
         if len(states) == 1:
-            return states[0]
-        # The draw is in random order, so `min` breaks a full tie at random.
-        pair = self._rng.sample(states, 2)
-        tokens = self._loads.worker_tokens(pair)
-        return min(
-            zip(tokens, (state.in_flight for state in pair), (0, 1), pair, strict=True), key=lambda row: row[:3]
-        )[3]
+            return Choice(states[0])
+        # The draw is in random order, so a full tie goes to either.
+        first, second = self._rng.sample(states, 2)
+        first_tokens, second_tokens = self._loads.worker_tokens((first, second))
+        prefers_second = (second_tokens, second.in_flight) < (first_tokens, first.in_flight)
+        return Choice(second if prefers_second else first)

@@ -1,18 +1,18 @@
 """`random`: any worker, with equal chance."""
 
-import random
 from collections.abc import Sequence
 
 from extproc.load import WorkerState
+from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.request import GenerationRequest
 
 
-class RandomChoice:
+class RandomChoice(WorkerPolicy):
     """Needs no state and no loads; the baseline for everything else."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, context: PolicyContext) -> None:
+        self._rng = context.rng
 
-    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> WorkerState:
+    def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """One of `states`."""
-        return self._rng.choice(states)
+        return Choice(self._rng.choice(states))

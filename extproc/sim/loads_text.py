@@ -43,6 +43,18 @@ class LoadsText:
             "loads": loads,
         }
 
+    def old_answer(self, figures: Sequence[Figures]) -> Any:
+        """The answer of `/get_load`, of older engines."""
+        return [
+            {
+                "dp_rank": rank,
+                "num_reqs": f.running_reqs + f.waiting_reqs,
+                "num_waiting_reqs": f.waiting_reqs,
+                "num_tokens": f.used_tokens + f.queued_tokens,
+            }
+            for rank, f in enumerate(figures)
+        ]
+
     def prometheus(self, answer: Any) -> str:
         """The same figures as text."""
         lines: list[str] = []

@@ -44,6 +44,7 @@ class Server:
             app.router.add_get(path, self._model_info)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/loads", self._loads_answer)
+        app.router.add_get("/get_load", self._old_loads)
         app.router.add_get("/metrics", self._metrics_answer)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_route("*", "/flush_cache", self._flush_cache)
@@ -78,6 +79,11 @@ class Server:
             text = self._loads.prometheus(answer)
             return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         return _json(answer)
+
+    async def _old_loads(self, _request: web.Request) -> web.Response:
+        """What `/v1/loads` replaced; older routers still ask for it (`GetLoadReqOutput` in `managers/io_struct.py`)."""
+        figures = [loads for _, loads in self._runner.model.figures(self._look())]
+        return _json(self._loads.old_answer(figures))
 
     async def _metrics_answer(self, _request: web.Request) -> web.Response:
         figures = [metrics for metrics, _ in self._runner.model.figures(self._look())]

@@ -79,10 +79,11 @@ def run(script, *, healthy=True, **settings):
 
     async def main():
         config = Config(**settings)
-        table = LoadTable(WORKERS)
+        clock = asyncio.get_running_loop().time
+        table = LoadTable(WORKERS, clock)
         for worker in WORKERS:
             table.worker_changed(worker, healthy)
-        gateway = Gateway(config, table, Scheduler(config, table, random.Random(1)), asyncio.get_running_loop().time)
+        gateway = Gateway(config, table, Scheduler(config, table, random.Random(1)), clock)
         finished = asyncio.Queue()
         processor = ExternalProcessor(gateway, finished.put_nowait)
         server = make_server(processor, config.max_payload_size)

@@ -113,8 +113,8 @@ def test_a_failing_service_never_fails_a_request_by_itself() -> None:
 
 
 def test_access_logs_only_on_request() -> None:
-    assert "access_log" not in to_yaml(bootstrap(Config()))
     for name in ("public", "il_pd", "il_p"):
+        assert "access_log" not in manager(name)
         (log,) = manager(name, access_log="/tmp/log")["access_log"]
         assert log["typed_config"]["path"] == "/tmp/log"
         assert log["typed_config"]["log_format"]["json_format"]["listener"] == name

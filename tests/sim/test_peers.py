@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def gateway(name: str, pair: Pair) -> AsyncIterator[str]:
+async def gateway(name: str, pair: Pair, *more: str) -> AsyncIterator[str]:
     """The gateway in front of the pair; its URL, once a request gets through."""
     variable, module, flags = GATEWAYS[name]
     python = os.environ.get(variable)
@@ -46,7 +46,7 @@ async def gateway(name: str, pair: Pair) -> AsyncIterator[str]:
     port, metrics_port = free_port(), free_port()
     command = [python, "-m", module, "--pd-disaggregation", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prefill", pair.prefill.url, str(pair.prefill.bootstrap_port), "--decode", pair.decode.url]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), *flags]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), *flags, *more]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -94,6 +94,28 @@ def test_a_gateway_routes_every_endpoint_through_the_pair(name: str) -> None:
             for prefill, decode in zip(pair.prefill.records, pair.decode.records, strict=True):
                 assert prefill.bootstrap_room == decode.bootstrap_room
                 assert (prefill.bootstrap_host, prefill.bootstrap_port) == ("127.0.0.1", pair.prefill.bootstrap_port)
+
+    asyncio.run(run())
+
+
+def test_ranks_that_smg_chooses_are_where_the_requests_run() -> None:
+    async def run() -> None:
+        flags = ("--dp-aware", "--dp-minimum-tokens-scheduler")
+        async with (
+            asyncio.timeout(4 * PATIENCE_S),
+            running_pair(model=MODEL) as pair,
+            gateway("smg", pair, *flags) as url,
+        ):
+            for _ in range(8):
+                path, body = REQUESTS[1]
+                assert (await pair.http.post(url + path, json=body)).status_code == 200
+            await until(lambda: pair.prefill.open_requests == pair.decode.open_requests == 0)
+            by_room = {record.bootstrap_room: record for record in pair.prefill.records}
+            for decode in pair.decode.records:
+                assert decode.outcome == "finished"
+                assert decode.rank == decode.routed_dp_rank
+                prefill = by_room[decode.bootstrap_room]
+                assert prefill.rank == prefill.routed_dp_rank == decode.disagg_prefill_dp_rank
 
     asyncio.run(run())
 

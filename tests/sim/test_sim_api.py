@@ -217,6 +217,7 @@ def test_the_engine_describes_itself() -> None:
             assert (told["served_model_name"], len(told["internal_states"])) == ("some/model", 3)
         for path in ("/model_info", "/get_model_info"):
             assert (await http.get(path)).json()["served_model_name"] == "some/model"
+        assert [load["num_tokens"] for load in (await http.get("/get_load")).json()] == [0, 0, 0]
         assert (await http.get("/v1/models")).json()["data"][0]["id"] == "some/model"
         assert (await http.get("/nothing")).status_code == 404
         engine.set_healthy(False)

@@ -37,12 +37,16 @@ DECODES = [Worker(f"d{i}:1", Role.DECODE, f"http://d{i}:1", f"10.0.2.{i}:1", dp_
 
 
 def gateway(*, workers=(*PREFILLS, *DECODES), **settings) -> Gateway:
-    table = LoadTable(workers)
+    ticks = itertools.count()
+
+    def clock() -> float:
+        return next(ticks) / 1000
+
+    table = LoadTable(workers, clock)
     for worker in workers:
         table.worker_changed(worker, True)
     config = Config(policy="round_robin", **settings)
-    ticks = itertools.count()
-    return Gateway(config, table, Scheduler(config, table, random.Random(1)), lambda: next(ticks) / 1000)
+    return Gateway(config, table, Scheduler(config, table, random.Random(1)), clock)
 
 
 def post(path="/generate", *, end_of_stream=False, **headers) -> RequestHeaders:

@@ -16,7 +16,7 @@ def worker(name: str = "w:1", role: Role = Role.PREFILL, dp_size: int | None = 2
 
 
 def test_only_healthy_workers_with_an_address_are_eligible():
-    table = LoadTable([worker(), worker("w:2", Role.DECODE)])
+    table = LoadTable([worker(), worker("w:2", Role.DECODE)], lambda: 0.0)
     assert not table.eligible(Role.PREFILL)
     table.worker_changed(worker(), True)
     assert [state.worker.name for state in table.eligible(Role.PREFILL)] == ["w:1"]
@@ -29,7 +29,7 @@ def test_only_healthy_workers_with_an_address_are_eligible():
 
 
 def test_a_scrape_erases_increments_but_not_the_ledger():
-    table = LoadTable([worker()])
+    table = LoadTable([worker()], lambda: 0.0)
     state = table.states[0]
     lease = table.charge(state, 1, 100, 28)
     assert Scraped().rank_tokens(state.ranks) == [0, 100]
@@ -43,7 +43,7 @@ def test_a_scrape_erases_increments_but_not_the_ledger():
 
 
 def test_missing_figures_are_not_zero():
-    table = LoadTable([worker()])
+    table = LoadTable([worker()], lambda: 0.0)
     state = table.states[0]
     table.observe("w:1", [RankLoad(0, used_tokens=70), RankLoad(1, running_requests=3)], at_s=1.0)
     table.charge(state, 0, 10)
@@ -54,14 +54,14 @@ def test_missing_figures_are_not_zero():
 
 
 def test_figures_for_unknown_workers_and_ranks_are_dropped():
-    table = LoadTable([worker()])
+    table = LoadTable([worker()], lambda: 0.0)
     table.observe("gone:1", [RankLoad(0, used_tokens=1)], at_s=1.0)
     table.observe("w:1", [RankLoad(7, used_tokens=1)], at_s=1.0)
     assert [rank.scraped for rank in table.states[0].ranks] == [None, None]
 
 
 def test_an_engine_may_come_back_with_other_ranks():
-    table = LoadTable([worker()])
+    table = LoadTable([worker()], lambda: 0.0)
     state = table.states[0]
     leases = [table.charge(state, 0, 5), table.charge(state, 1, 7)]
     table.worker_changed(worker(dp_size=1), True)
@@ -84,7 +84,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = LoadTable([worker("a:1"), worker("b:1", dp_size=4)])
+        self.table = LoadTable([worker("a:1"), worker("b:1", dp_size=4)], lambda: 0.0)
         self.open = {}
 
     @rule(
@@ -128,7 +128,7 @@ TestLeases = LeaseMachine.TestCase
 
 
 def test_repr_says_what_a_person_wants_to_know():
-    table = LoadTable([worker()])
+    table = LoadTable([worker()], lambda: 0.0)
     table.worker_changed(worker(), True)
     table.charge(table.states[0], 1, random.Random(0).randrange(10, 11))
     assert "prefill w:1/1 up scraped=None charged=10 outstanding=10/1" in repr(table)

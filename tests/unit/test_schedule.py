@@ -27,7 +27,7 @@ def worker(role: Role, number: int, dp_size: int | None = 2) -> Worker:
 def cluster(prefill=2, decode=2, dp_size=2, **settings) -> tuple[LoadTable, Scheduler]:
     workers = [worker(Role.PREFILL, n, dp_size) for n in range(prefill)]
     workers += [worker(Role.DECODE, n, dp_size) for n in range(decode)]
-    table = LoadTable(workers)
+    table = LoadTable(workers, lambda: 0.0)
     for each in workers:
         table.worker_changed(each, True)
     return table, Scheduler(Config(**settings), table, random.Random(11))
@@ -73,7 +73,7 @@ def test_a_worker_that_leaves_gets_nothing_and_one_that_joins_gets_its_share(pol
 @pytest.mark.parametrize("policy", WORKER_POLICIES)
 def test_workers_with_different_numbers_of_ranks(policy):
     workers = [worker(Role.PREFILL, 0, 1), worker(Role.PREFILL, 1, 8), worker(Role.DECODE, 0, None)]
-    table = LoadTable(workers)
+    table = LoadTable(workers, lambda: 0.0)
     for each in workers:
         table.worker_changed(each, True)
     scheduler = Scheduler(Config(policy=policy), table, random.Random(3))

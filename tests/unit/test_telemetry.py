@@ -47,7 +47,7 @@ def test_one_log_line():
 
 
 def test_metrics_of_attempts_scrapes_and_the_table(caplog):
-    table = LoadTable([P, D])
+    table = LoadTable([P, D], lambda: 0.0)
     telemetry = Telemetry(table, lambda: 10.0, lambda: 3)
     table.worker_changed(P, True)
     table.observe("p:1", [RankLoad(1, used_tokens=43034)], at_s=4.0)
