@@ -122,12 +122,15 @@ class Immediate:
     """Shows as response code details in Envoy's access log; one word."""
 
 
+Reply = Answer | Immediate
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send a reply on one of the exchange's streams."""
 
     leg: Leg
-    reply: Answer | Immediate
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)

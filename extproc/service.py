@@ -1,7 +1,6 @@
 """The gRPC transport: Envoy's streams in, events to exchanges, effects back out.
 
-I/O only: decides nothing. One coroutine a stream; each writes what its exchange answers on its own stream and, when
-the two legs affect each other, on the other one.
+I/O only: decides nothing. One coroutine a stream, which feeds its exchange and writes the answers.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ import grpc
 import grpc.aio
 
 from extproc import wire
-from extproc.events import Effect, Ended, Event, Finished, Leg, RequestHeaders, Send, Wake, Woken
+from extproc.events import Effect, Ended, Event, Finished, Leg, Reply, RequestHeaders, Send, Wake, Woken
 from extproc.exchange import Exchange, Gateway, ProtocolViolation, refuse_prefill
 
 logger = logging.getLogger(__name__)
@@ -93,35 +92,45 @@ class ExternalProcessor:
         try:
             data = first or await stream.read()
             while data is not None:
-                await self._apply(exchange, take(wire.decode(data)))
+                for reply in self._apply(exchange, leg, take(wire.decode(data))):
+                    await stream.write(wire.encode(reply))
                 data = await stream.read()
         finally:
             # Also when the stream was cancelled or a bug broke out: nothing may stay charged.
             del self._streams[exchange, leg]
             stream.closed = True
-            # Not awaited: this coroutine may be cancelled already.
-            self._apply_soon(exchange, take(Ended()))
+            self._apply(exchange, leg, take(Ended()))
 
-    async def _apply(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
+    def _apply(self, exchange: Exchange, leg: Leg, effects: Iterable[Effect]) -> list[Reply]:
+        """Do what can be done at once; returns the replies for the leg's own stream.
+
+        What goes to the other leg is written by a task of its own: this leg's coroutine is cancelled when its stream
+        is reset, which is just when the other leg has to hear of it.
+        """
+        own = list[Reply]()
         for effect in effects:
             match effect:
-                case Send(leg, reply):
-                    stream = self._streams.get((exchange, leg))
-                    if stream is not None:
-                        await stream.write(wire.encode(reply))
-                case Wake(leg, after_s):
-                    asyncio.get_running_loop().call_later(after_s, self._wake, exchange, leg)
+                case Send(to, reply) if to is leg:
+                    own.append(reply)
+                case Send(to, reply):
+                    self._write_soon(exchange, to, reply)
+                case Wake(to, after_s):
+                    asyncio.get_running_loop().call_later(after_s, self._wake, exchange, to)
                 case Finished():
                     self._finished(effect)
+        return own
 
-    def _apply_soon(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
-        task = asyncio.create_task(self._apply(exchange, effects))
-        self._tasks.add(task)  # the event loop itself keeps weak references only
-        task.add_done_callback(self._tasks.discard)
+    def _write_soon(self, exchange: Exchange, leg: Leg, reply: Reply) -> None:
+        stream = self._streams.get((exchange, leg))
+        if stream is not None:
+            task = asyncio.create_task(stream.write(wire.encode(reply)))
+            self._tasks.add(task)  # the event loop itself keeps weak references only
+            task.add_done_callback(self._tasks.discard)
 
     def _wake(self, exchange: Exchange, leg: Leg) -> None:
         if (exchange, leg) in self._streams:
-            self._apply_soon(exchange, _take(exchange, leg)(Woken()))
+            for reply in self._apply(exchange, leg, _take(exchange, leg)(Woken())):
+                self._write_soon(exchange, leg, reply)
 
 
 def _take(exchange: Exchange, leg: Leg) -> Callable[[Event], list[Effect]]:

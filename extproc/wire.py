@@ -28,6 +28,7 @@ from extproc.events import (
     Event,
     Immediate,
     Phase,
+    Reply,
     RequestBody,
     RequestHeaders,
     ResponseBody,
@@ -69,7 +70,7 @@ def decode(data: bytes) -> Event:
             raise WireError(f"unknown kind of ProcessingRequest: {other}")
 
 
-def encode(reply: Answer | Immediate) -> bytes:
+def encode(reply: Reply) -> bytes:
     """A reply as a ProcessingResponse."""
     message = _immediate(reply) if isinstance(reply, Immediate) else _answer(reply)
     data: bytes = message.SerializeToString()

@@ -3,10 +3,8 @@
 import argparse
 import asyncio
 import random
+import sys
 import time
-
-from rich.console import Console
-from rich.table import Table
 
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.config import Config
@@ -28,17 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 0 if all is well, 1 if a worker has a problem. Raises ConfigError."""
     config = config_from(args)
-    Scheduler(config, LoadTable(config.workers(), time.monotonic), random.Random())  # names an unknown policy
+    Scheduler(config, LoadTable(config.workers(), time.monotonic), random.Random())  # raises for an unknown policy
     reports = asyncio.run(_probe_all(config))
-    console = Console()
-    console.print(_table(reports))
-    for report in reports:
-        for problem in report.problems:
-            console.print(f"{report.worker.role} worker {report.worker.name} {problem}", style="red", highlight=False)
+    lines = [line for report in reports for line in describe(report)]
     usable = {report.worker.role for report in reports if report.healthy}
-    for role in Role:
-        if role not in usable:
-            console.print(f"no usable {role} worker: every request will get 503", style="bold red")
+    lines += [f"no usable {role} worker: every request will get 503" for role in Role if role not in usable]
+    sys.stdout.write("\n".join(lines) + "\n")
     return EXIT_PROBLEMS if len(usable) < len(Role) or any(report.problems for report in reports) else 0
 
 
@@ -47,22 +40,20 @@ async def _probe_all(config: Config) -> list[ProbeReport]:
         return await asyncio.gather(*(probe(config, role, entry, client) for role, entry in entries(config)))
 
 
-def _table(reports: list[ProbeReport]) -> Table:
-    table = Table(title="Workers")
-    for heading in ("worker", "role", "healthy", "endpoint", "model", "dp_size", "bootstrap", "loads", "used tokens"):
-        table.add_column(heading)
-    for report in reports:
-        worker = report.worker
-        used = [f"{load.used_tokens:,.0f}" if load.used_tokens is not None else "-" for load in report.loads]
-        table.add_row(
-            worker.name,
-            worker.role,
-            "yes" if report.healthy else "no",
-            worker.endpoint or "-",
-            worker.model or "-",
-            str(worker.dp_size or "-"),
-            f"{worker.bootstrap_host}:{worker.bootstrap_port}" if worker.role is Role.PREFILL else "",
-            report.metrics_url or "-",
-            " ".join(used) or "-",
-        )
-    return table
+def describe(report: ProbeReport) -> list[str]:
+    """What was found at one worker, in a few lines."""
+    worker = report.worker
+    lines = [f"{worker.role} worker {worker.name}: {'usable' if report.healthy else 'NOT USABLE'}"]
+    if report.healthy:
+        facts = [f"endpoint {worker.endpoint}", f"model {worker.model or 'unknown'}"]
+        facts.append(f"dp_size {worker.dp_size or 'unknown'}")
+        if worker.role is Role.PREFILL:
+            facts.append(f"bootstrap {worker.bootstrap_host}:{worker.bootstrap_port}")
+        lines.append(f"    {', '.join(facts)}")
+    if report.metrics_url:
+        used = [
+            f"rank {load.dp_rank} {'unknown' if load.used_tokens is None else f'{load.used_tokens:,.0f}'}"
+            for load in report.loads
+        ]
+        lines.append(f"    used tokens: {', '.join(used)} ({report.metrics_url})")
+    return [*lines, *(f"    problem: it {problem}" for problem in report.problems)]

@@ -1,5 +1,6 @@
 """What the demo prints: tables for people, 100 columns wide, the same on a terminal and in a pipe."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,18 +14,22 @@ from extproc.demo.spread import RankUse, spread
 from extproc.demo.stack import Stack
 from extproc.demo.verify import Result
 
-WIDTH = 100
+TEXT_WIDTH = 100
+TABLE_WIDTH = 160
+"""The tables take less than 100 columns; where a figure is unusually long, a line may be longer, but nothing is cut."""
 PLAIN_STEPS = 8
 """Lines of progress where there is no terminal."""
 MAX_PROBLEMS = 20
 
 
 def make_console() -> Console:
-    """On standard output. Never narrower than the tables: a narrow terminal wraps their lines, rich would cut words."""
-    console = Console(highlight=False)
-    if not console.is_terminal or console.width < WIDTH:
-        console.width = WIDTH
-    return console
+    """On standard output. Wider than it may be: a narrow terminal wraps lines, but rich would cut words."""
+    return Console(highlight=False, width=TABLE_WIDTH)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A paragraph of text."""
+    console.print(textwrap.fill(text, TEXT_WIDTH, break_on_hyphens=False), style=style, markup=False)
 
 
 @contextmanager
@@ -62,12 +67,12 @@ def print_processes(console: Console, stack: Stack) -> None:
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
     """A line for each request."""
-    table = _table()
+    table = _table(gap=1)
     table.add_column("#", justify="right")
     table.add_column("request")
     table.add_column("prefill")
     table.add_column("decode")
-    for heading in ("room", "tokens in", "out", "first token", "all"):
+    for heading in ("room", "in", "out", "TTFT", "total"):
         table.add_column(heading, justify="right")
     table.add_column("status")
     for result in results:
@@ -82,12 +87,14 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
             f"{sum(answer.output_tokens.values()):,}",
             _ms(answer.first_token_s),
             _ms(answer.total_s),
-            f"[red]{answer.status or 'none'} WRONG[/]" if result.problems else f"{answer.status}",
+            f"[red]{answer.status or 'none'} WRONG[/]" if result.problems else str(answer.status),
         )
     console.print(table)
-    console.print(
-        "P1/0: worker P1, DP rank 0. x3: a batch of three prompts. ids: the prompt is token ids. "
-        "Times as the client sees them, in ms; the first token only shows where the answer is streamed.",
+    say(
+        console,
+        "P1/0: worker P1, DP rank 0. x3: a batch of three prompts. ids: the prompt is token ids. in, out: tokens as the "
+        "engine counts them. TTFT: time to first token, where the answer is streamed; TTFT and total in ms, as the "
+        "client sees them.",
         style="dim",
     )
 
@@ -110,10 +117,10 @@ def print_ranks(console: Console, uses: Sequence[RankUse]) -> None:
 def print_comparison(console: Console, names: Sequence[str], runs: Sequence[Sequence[RankUse]]) -> None:
     """The spread of the same requests under two ways to choose the rank, side by side."""
     table = _table()
-    table.add_column("ranks of")
+    table.add_column("\nworker")
     for name in names:
-        table.add_column(f"{name}: tokens on each", justify="right")
-        table.add_column("max/mean", justify="right", style="bold")
+        table.add_column(f"{name}\ntokens on each rank", justify="right")
+        table.add_column("\nmax/mean", justify="right", style="bold")
     means = []
     rows: dict[str, list[str]] = {}
     for uses in runs:
@@ -131,7 +138,7 @@ def print_comparison(console: Console, names: Sequence[str], runs: Sequence[Sequ
     for label, cells in rows.items():
         table.add_row(label, *cells)
     table.add_section()
-    table.add_row("a worker, on average", *(cell for mean in means for cell in ("", _ratio(mean))))
+    table.add_row("mean of the workers", *(cell for mean in means for cell in ("", _ratio(mean))))
     console.print(table)
 
 
@@ -145,8 +152,8 @@ def print_problems(console: Console, results: Sequence[Result], others: Sequence
         console.print(f"and {len(lines) - MAX_PROBLEMS} problems more", style="red")
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def _table(gap: int = 2) -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 def _by_worker(uses: Sequence[RankUse]) -> Iterator[tuple[str, list[RankUse]]]:

@@ -60,9 +60,10 @@ def show(options: Options, console: Console) -> bool:
     """Run the demo; whether every request was answered right. Raises StackError."""
     requests = make_requests(options.requests, options.seed)
     flags = ("--worker-load-check-interval", f"{options.load_check_interval_s:g}")
-    console.print(
+    report.say(
+        console,
         f"Starting {options.prefill} prefill and {options.decode} decode engines (simulated SGLang, dp_size "
-        f"{options.dp_size} each), the ext_proc service and an Envoy …"
+        f"{options.dp_size} each), the ext_proc service and an Envoy …",
     )
     with Stack(
         prefill=options.prefill,
@@ -75,12 +76,13 @@ def show(options: Options, console: Console) -> bool:
         report.print_processes(console, stack)
         prompts = sum(len(request.prompt_tokens) for request in requests)
         tokens = sum(sum(request.prompt_tokens) for request in requests)
-        console.print(
+        report.say(
+            console,
             f"Sending {len(requests)} requests, {options.concurrency} at a time (seed {options.seed}): {prompts:,} "
             f"prompts of {tokens:,} tokens in all, log-normal, the longest of "
             f"{max(max(request.prompt_tokens) for request in requests):,}. The gateway picks DP ranks by "
             f"minimum_tokens; it scrapes the engines' loads every {options.load_check_interval_s:g} s. The engines "
-            f"run at {options.time_scale:g}x the speed of the modelled GPU."
+            f"run at {options.time_scale:g}x the speed of the modelled GPU.",
         )
         batch = _run(stack, requests, options.concurrency, console, ranks_picked=True)
         report.print_results(console, batch.results)
@@ -102,14 +104,16 @@ def _compare(
     console: Console,
 ) -> bool:
     """The same requests, in the same order, to the same engines, with the rank left to the engines."""
-    console.print(
+    report.say(
+        console,
         "Now the same requests in the same order, with --no-dp-minimum-tokens-scheduler: the gateway picks no rank, "
-        "and an engine takes room % dp_size."
+        "and an engine takes room % dp_size.",
     )
     stack.restart_gateway([*flags, "--no-dp-minimum-tokens-scheduler"])
     baseline = _run(stack, requests, options.concurrency, console, ranks_picked=False)
     report.print_comparison(console, ("minimum_tokens", "room % dp_size"), (batch.uses, baseline.uses))
-    console.print(
+    report.say(
+        console,
         "Compared: tokens that passed through each rank's KV cache during the run (prefill: prompts; decode: prompts "
         "and output), the largest over the mean: 1 is even. Which worker gets a request is up to the worker policy "
         "(power_of_two) both times, so totals of workers differ, and rows of all workers show both choices together.",
@@ -157,9 +161,10 @@ def _wait_until_idle(stack: Stack, label: str) -> None:
 def _judge(console: Console, stack: Stack, batch: Batch) -> bool:
     """Say whether all was right, and if not, what was wrong."""
     if batch.repeated:
-        console.print(f"{batch.repeated} legs failed and were sent again to another pair by the gateway.")
+        report.say(console, f"{batch.repeated} legs failed and were sent again to another pair by the gateway.")
     if batch.right:
-        console.print(
+        report.say(
+            console,
             f"All {len(batch.results)} answers are right: text, usage, and both legs recorded by the engines, with the "
             "same room, on the workers and ranks that the response headers name.",
             style="green",

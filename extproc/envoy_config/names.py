@@ -7,6 +7,7 @@ LEG_METADATA = "x-pd-leg"
 """gRPC metadata of an ext_proc stream: which of the two filters opened it (a `Leg`)."""
 MODE_PD = "pd"
 MODE_DIRECT = "direct"
+MODE_PREFILL = "prefill"
 """Values of the header `mutation.MODE`."""
 
 # Statistics, access logs, snippets and docs use these.

@@ -35,12 +35,13 @@ from extproc.envoy_config.names import (
     LEG_METADATA,
     MODE_DIRECT,
     MODE_PD,
+    MODE_PREFILL,
     PREFILL_CLUSTER,
     PREFILL_LISTENER,
     SERVICE_CLUSTER,
 )
 from extproc.events import Leg
-from extproc.mutation import MODE, ROOM
+from extproc.mutation import MODE
 
 MESSAGE_TIMEOUT_S = 10
 """How long ext_proc waits for one answer; then the request goes on unmarked and gets a 503. Envoy's default of 200 ms
@@ -95,7 +96,7 @@ def pd_routes() -> list[Route]:
     return [
         Route(
             name="pd",
-            match=_when_header(MODE, StringMatcher(exact=MODE_PD)),
+            match=_when_mode(MODE_PD),
             route=RouteAction(
                 cluster=DECODE_CLUSTER,
                 timeout=forever,
@@ -106,7 +107,7 @@ def pd_routes() -> list[Route]:
         ),
         Route(
             name="direct",
-            match=_when_header(MODE, StringMatcher(exact=MODE_DIRECT)),
+            match=_when_mode(MODE_DIRECT),
             route=RouteAction(cluster=DECODE_CLUSTER, timeout=forever),
         ),
         Route(
@@ -122,11 +123,12 @@ def pd_routes() -> list[Route]:
 
 
 def prefill_routes(config: Config) -> list[Route]:
-    """Only what the service marked with a room goes to a prefill engine: another body there would block it."""
+    """Only what the service answered on this leg goes to a prefill engine. The mirror comes marked for `il_pd`, with
+    decode's body: should the service fail just now, that body must not reach prefill."""
     return [
         Route(
             name="prefill",
-            match=_when_header(ROOM),
+            match=_when_mode(MODE_PREFILL),
             route=RouteAction(
                 cluster=PREFILL_CLUSTER,
                 timeout=timedelta(0),
@@ -142,9 +144,8 @@ def prefill_routes(config: Config) -> list[Route]:
     ]
 
 
-def _when_header(name: str, value: StringMatcher | None = None) -> RouteMatch:
-    matcher = HeaderMatcher(name=name, string_match=value) if value else HeaderMatcher(name=name, present_match=True)
-    return RouteMatch(prefix="/", headers=[matcher])
+def _when_mode(mode: str) -> RouteMatch:
+    return RouteMatch(prefix="/", headers=[HeaderMatcher(name=MODE, string_match=StringMatcher(exact=mode))])
 
 
 def _json_reply(status: int, message: str, kind: str) -> DirectResponseAction:

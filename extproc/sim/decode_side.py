@@ -160,8 +160,6 @@ class DecodeSide:
         try:
             await channel.run(lambda message: self._receive(link, channel, message))
         finally:
-            if link.channel is channel:
-                link.channel = None
             left = list(link.waiting.values())
             link.waiting.clear()
         if left:

@@ -179,7 +179,8 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
         if stream.leg == "prefill":
             common.status = common.CONTINUE_AND_REPLACE
             common.body_mutation.body = self.body_for("prefill", stream.headers["x-pd-room"])
-            common.header_mutation.CopyFrom(set_headers(content_length=str(len(common.body_mutation.body))))
+            common.header_mutation.CopyFrom(set_headers(x_pd_mode="prefill"))
+            common.clear_route_cache = True
         elif stream.headers[":method"] != "POST":
             common.header_mutation.CopyFrom(set_headers(x_pd_mode="direct", x_pd_decode_endpoint=self.decode))
             common.clear_route_cache = True

@@ -32,6 +32,8 @@ from envoy_stub import (
     sse,
 )
 
+from extproc.envoy_process import EnvoyProcess
+
 pytestmark = pytest.mark.envoy
 
 NO_PORT = "127.0.0.1:1"
@@ -118,7 +120,8 @@ def test_sse_chunks_arrive_one_by_one_and_the_stream_ends_with_the_response() ->
                 for number in range(3):
                     # The engine sends the next one only now: nothing may hold a chunk back.
                     assert await anext(received) == f"data: {number}\n\n".encode()
-                    assert not b.service.of("route")[0].ended.is_set()
+                    # After the last one the engine ends the response by itself, and with it the stream.
+                    assert number == 2 or not b.service.of("route")[0].ended.is_set()
                     go.release()
             stream = b.service.of("route")[0]
             await soon(stream.ended)
@@ -555,6 +558,35 @@ def test_a_request_waiting_for_decode_survives_the_death_of_the_service() -> Non
             assert (response.status_code, response.json()) == (200, {"late": True})
 
     run(scenario())
+
+
+def test_a_prefill_leg_that_the_service_did_not_answer_reaches_no_engine() -> None:
+    """Fail-open lets the mirrored request go on, and that has decode's body."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+
+            async def die(service: StubService, stream, kind, request):
+                if stream.leg == "prefill":
+                    raise RuntimeError("a bug, a time-out, a restart just now")
+
+            b.service.override = die
+            assert (await b.post()).status_code == 200
+            await soon((await b.service.stream("prefill")).ended)
+            assert await count(b.envoy, "http.il_p.downstream_rq_5xx") == 1
+            assert b.prefill.calls == []
+
+    run(scenario())
+
+
+async def count(envoy: EnvoyProcess, stat: str) -> int:
+    """Wait for a counter of Envoy to leave 0."""
+    async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(PATIENCE_S):
+        while True:
+            text = (await client.get(f"http://{envoy.admin_address}/stats", params={"filter": f"^{stat}$"})).text
+            if text.strip() and (value := int(text.split(": ")[1])):
+                return value
+            await asyncio.sleep(0.02)
 
 
 # -- connections to engines ---------------------------------------------------------------------------------------

@@ -56,8 +56,12 @@ class Pair:
 
 @asynccontextmanager
 async def running_pair(**settings: Any) -> AsyncIterator[Pair]:
-    """Engines with two ranks each, 200 times faster than the modelled GPU unless told otherwise."""
-    config = replace(EngineConfig(dp_size=2, time_scale=200.0), **settings)
+    """Engines with two ranks each, 200 times faster than the modelled GPU unless told otherwise.
+
+    Nothing times out unless told to: the engines' time-outs shrink with the time scale, a slow test machine does not.
+    """
+    patient = EngineConfig(dp_size=2, time_scale=200.0, bootstrap_timeout_s=1e6, waiting_timeout_s=1e6)
+    config = replace(patient, **settings)
     async with (
         Engine(replace(config, role=Role.PREFILL)) as prefill,
         Engine(replace(config, role=Role.DECODE)) as decode,

@@ -37,6 +37,9 @@ def post(path: str, body: Any, **settings: Any) -> httpx.Response:
     return answers[0]
 
 
+SLOW = GpuModel(decode_base_ms=200.0)
+SLOW_STREAM = {"gpu": SLOW, "time_scale": 1.5}
+"""Tokens so far apart that even a busy machine sees more than one chunk."""
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x" * 10}]}
 
 
@@ -58,7 +61,7 @@ def test_generate_takes_token_ids_and_batches() -> None:
 
 
 def test_generate_streams_all_text_so_far_in_each_chunk() -> None:
-    answer = post("/generate", {"text": "hi", "stream": True, "sampling_params": {"max_new_tokens": 5}}, time_scale=5.0)
+    answer = post("/generate", {"text": "hi", "stream": True, "sampling_params": {"max_new_tokens": 5}}, **SLOW_STREAM)
     chunks = sse(answer.text)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert len(chunks) > 1
@@ -102,7 +105,7 @@ def test_chat_counts_text_parts_and_every_choice() -> None:
 @pytest.mark.parametrize("include_usage", [True, False])
 def test_chat_streams_deltas(include_usage: bool) -> None:
     body = {**CHAT, "max_completion_tokens": 6, "stream": True, "stream_options": {"include_usage": include_usage}}
-    chunks = sse(post("/v1/chat/completions", body, time_scale=5.0).text)
+    chunks = sse(post("/v1/chat/completions", body, **SLOW_STREAM).text)
     if include_usage:
         last = chunks.pop()
         assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 6)
@@ -123,7 +126,7 @@ def test_completions_take_batches_and_default_to_16_tokens() -> None:
 
 def test_completions_stream_each_prompt_under_its_index() -> None:
     body = {"model": "m", "prompt": ["a", "b"], "max_tokens": 4, "stream": True}
-    chunks = sse(post("/v1/completions", body, time_scale=5.0).text)
+    chunks = sse(post("/v1/completions", body, **SLOW_STREAM).text)
     for index in (0, 1):
         mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(choice["text"] for choice in mine) == words(4)
@@ -224,9 +227,6 @@ def test_the_engine_describes_itself() -> None:
         assert (await http.get("/health")).status_code == 503
 
     with_engine(test, role=Role.PREFILL, dp_size=3, model="some/model")
-
-
-SLOW = GpuModel(decode_base_ms=200.0)
 
 
 def test_a_client_that_leaves_ends_its_request() -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import httpx
+import msgspec
 import pytest
 from sim_pair import PATIENCE_S, Pair, running_pair, sse, until, with_pair, words
 
 from extproc.sim import Engine, EngineConfig, GpuModel, Role
+from extproc.sim.channel import WANT, Message
 from extproc.sim.job import Phase
 
 GENERATE = {"text": "x" * 400, "sampling_params": {"max_new_tokens": 5}}
@@ -18,7 +21,9 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "x" * 400}], "max
 COMPLETION = {"model": "m", "prompt": "x" * 400, "max_tokens": 5}
 PATHS = [("/generate", GENERATE), ("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)]
 SHORT = {"bootstrap_timeout_s": 20.0, "waiting_timeout_s": 20.0, "bootstrap_retries": 3, "heartbeat_loss_s": 2.0}
-LONG_ANSWER = {"text": "x" * 400, "sampling_params": {"max_new_tokens": 5000}}
+LONG_PROMPT = {"text": "x" * 400_000, "sampling_params": {"max_new_tokens": 5}}
+"""100,000 tokens take 15 s at time scale 1: time enough to break something meanwhile."""
+SLOW = {"time_scale": 1.0, "heartbeat_loss_s": 0.2}
 
 
 def text_of(path: str, answer: Any) -> str:
@@ -123,7 +128,10 @@ def test_prefill_stream_headers_come_at_once_on_generate_only(path: str, body: d
         assert (await pair.to_decode(path, decode)).status_code == 200
         response = await answer
         assert response.status_code == 200
-        assert sse((await response.aread()).decode())
+        text = (await response.aread()).decode()
+        assert sse(text)
+        assert "abort" not in text
+        assert "error" not in text
 
     with_pair(test)
 
@@ -262,7 +270,7 @@ def test_a_server_that_is_no_bootstrap_server_fails_the_same_way() -> None:
 @pytest.mark.parametrize("phase", [Phase.BOOTSTRAP, Phase.WAITING])
 def test_when_prefill_is_aborted_decode_fails(how: str, phase: Phase) -> None:
     async def test(pair: Pair) -> None:
-        prefill, decode = pair.bodies({**LONG_ANSWER, "text": "x" * 400_000}, 4)
+        prefill, decode = pair.bodies(LONG_PROMPT, 4)
         # Two clients, so that the one that leaves takes only its own leg with it.
         async with httpx.AsyncClient(timeout=PATIENCE_S) as other:
             leg = asyncio.create_task(other.post(pair.prefill.url + "/generate", json={**prefill, "rid": "leg"}))
@@ -280,14 +288,13 @@ def test_when_prefill_is_aborted_decode_fails(how: str, phase: Phase) -> None:
             assert expected in message
         assert [record.outcome for record in pair.prefill.records] == ["aborted"]
 
-    # 100,000 prompt tokens take 15 s: time enough to abort them.
-    with_pair(test, **{**SHORT, "time_scale": 10.0})
+    with_pair(test, **SLOW, waiting_timeout_s=2.0 if phase is Phase.BOOTSTRAP else 1e6)
 
 
 @pytest.mark.parametrize("how", ["client leaves", "abort_request"])
 def test_when_decode_is_aborted_prefill_fails(how: str) -> None:
     async def test(pair: Pair) -> None:
-        prefill, decode = pair.bodies({**LONG_ANSWER, "text": "x" * 400_000}, 4)
+        prefill, decode = pair.bodies(LONG_PROMPT, 4)
         async with httpx.AsyncClient(timeout=PATIENCE_S) as other:
             leg = asyncio.create_task(other.post(pair.decode.url + "/generate", json={**decode, "rid": "leg"}))
             answer = asyncio.create_task(pair.to_prefill("/generate", prefill))
@@ -297,7 +304,7 @@ def test_when_decode_is_aborted_prefill_fails(how: str) -> None:
             assert "Prefill transfer failed for request rank=0" in (await answer).json()["message"]
         assert pair.prefill.records[0].outcome == "failed"
 
-    with_pair(test, time_scale=10.0)
+    with_pair(test, **SLOW)
 
 
 async def end(http: httpx.AsyncClient, engine: Engine, leg: asyncio.Task[httpx.Response], how: str) -> None:
@@ -312,8 +319,8 @@ async def end(http: httpx.AsyncClient, engine: Engine, leg: asyncio.Task[httpx.R
 
 def test_when_the_decode_engine_dies_prefill_fails() -> None:
     async def run() -> None:
-        async with running_pair(time_scale=10.0) as pair:
-            prefill, decode = pair.bodies({**GENERATE, "text": "x" * 400_000}, 4)
+        async with running_pair(**SLOW) as pair:
+            prefill, decode = pair.bodies(LONG_PROMPT, 4)
             legs = [
                 asyncio.create_task(pair.to_prefill("/generate", prefill)),
                 asyncio.create_task(pair.to_decode("/generate", decode)),
@@ -328,10 +335,29 @@ def test_when_the_decode_engine_dies_prefill_fails() -> None:
     asyncio.run(run())
 
 
+def test_a_line_that_breaks_without_a_word_fails_what_was_wanted_on_it() -> None:
+    async def test(pair: Pair) -> None:
+        prefill, _ = pair.bodies(LONG_PROMPT, 4)
+        answer = asyncio.create_task(pair.to_prefill("/generate", prefill))
+        line = f"http://127.0.0.1:{pair.prefill.bootstrap_port}/sim/kv"
+        async with aiohttp.ClientSession() as session, session.ws_connect(line) as socket:
+            await socket.send_bytes(msgspec.json.encode([Message(WANT, 0, 4), Message(WANT, 0, 6)]))
+            await until(has_phase(pair.prefill, Phase.WAITING))
+        assert (await answer).status_code == 500
+        assert "Decode instance could be dead" in (await answer).json()["message"]
+        # Room 6 had been wanted, too. It no longer is.
+        late = asyncio.create_task(pair.to_prefill("/generate", {**prefill, "bootstrap_room": 6}))
+        await until(lambda: pair.prefill.open_requests == 1)
+        assert phases(pair.prefill) == [Phase.BOOTSTRAP]
+        late.cancel()
+
+    with_pair(test, **SLOW)
+
+
 def test_when_the_prefill_engine_dies_decode_notices_and_finds_its_successor() -> None:
     async def run() -> None:
-        async with running_pair(**{**SHORT, "time_scale": 10.0}) as pair:
-            prefill, decode = pair.bodies({**GENERATE, "text": "x" * 400_000}, 4)
+        async with running_pair(**SLOW) as pair:
+            prefill, decode = pair.bodies(LONG_PROMPT, 4)
             legs = [
                 asyncio.create_task(pair.to_prefill("/generate", prefill)),
                 asyncio.create_task(pair.to_decode("/generate", decode)),
@@ -355,10 +381,11 @@ def test_decode_out_of_memory_holds_prefill_back() -> None:
     """A prompt is computed only when decode has room for its KV cache, as in the real engine."""
 
     async def test(pair: Pair) -> None:
-        body = {"text": "x" * 2400, "sampling_params": {"max_new_tokens": 40}}
+        body = {"text": "x" * 2400, "sampling_params": {"max_new_tokens": 200}}
         first = asyncio.create_task(pair.send("/generate", body, 1, 0, 0))
         await until(has_phase(pair.decode, Phase.RUNNING))
-        second = asyncio.create_task(pair.send("/generate", body, 2, 0, 0))
+        short = {**body, "sampling_params": {"max_new_tokens": 5}}
+        second = asyncio.create_task(pair.send("/generate", short, 2, 0, 0))
         await until(has_phase(pair.decode, Phase.PREALLOC))
         await until(has_phase(pair.prefill, Phase.BOOTSTRAP))
         for answers in (await first, await second):

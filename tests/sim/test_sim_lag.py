@@ -80,3 +80,9 @@ def test_loads_are_at_most_50_ms_old_while_no_batch_runs() -> None:
     metrics, loads = figures(model, 0.06)
     assert loads.bootstrap_reqs == 1
     assert metrics.bootstrap_reqs == 0
+
+
+def test_a_rank_that_waits_for_decode_is_not_idle() -> None:
+    model = EngineModel(Role.PREFILL, gpu=GPU)
+    start(model, Job("", 1_000, 1, 1))
+    assert figures(model, 100.0)[0].bootstrap_reqs == 0

@@ -1,0 +1,107 @@
+"""The workers of a role as the policies look at them: by name, against their mean, and the least loaded of them.
+
+A load is counted per DP rank, as a request waits on one rank: eight requests on a worker with eight ranks are as many
+as one on a worker with one. Nothing here costs more with 1,000 workers than with 10, but for the pick that first sees
+a changed set of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+from extproc.load import WorkerState
+from extproc.policy.base import PolicyContext
+
+SAMPLE = 8
+"""Workers compared at most, drawn at random from more. With d draws the longest queue is about ln ln n / ln d above the
+mean (Mitzenmacher 2001, "The Power of Two Choices in Randomized Load Balancing"): beyond 8 there is little to win."""
+
+PICKS_PER_REFRESH = 1 / 32
+"""The mean is taken anew after this many picks a worker: it then is at most 3 % of a request a worker behind."""
+
+SPILL_FLOOR_REQUESTS = 4.0
+SPILL_DEVIATIONS = 2.0
+"""The absolute margin of `over_balance` is at most two standard deviations (sqrt(mean): arrivals are Poisson) and never
+below four requests, so that few workers with little traffic spill at all (smg 1.13, `--balance-abs-threshold`)."""
+
+in_flight: Callable[[WorkerState], int] = attrgetter("in_flight")
+
+
+class Fleet:
+    """One role's workers. Call `see` first in every pick."""
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._loads = context.loads
+        self._rng = context.rng
+        self._rel = context.config.balance_rel_threshold
+        self._abs = context.config.balance_abs_threshold
+        self._states: Sequence[WorkerState] = ()
+        self._ranks = 0
+        self._picks_to_refresh = 0.0
+        self.by_name: dict[str, WorkerState] = {}
+        """Of the last list seen."""
+        self.mean = 0.0
+        """Legs in flight on the average rank."""
+
+    def see(self, states: Sequence[WorkerState]) -> bool:
+        """Take note of the eligible workers; true when it is another list than last time.
+
+        The load table hands out the same list until the membership changes. A list without the workers that a retry
+        avoids is a new one, and costs one pass over it.
+        """
+        changed = states is not self._states
+        if changed:
+            self._states = states  # kept, so that no other list can take its identity
+            self.by_name = {state.worker.name: state for state in states}
+            self._ranks = sum(len(state.ranks) for state in states)
+            self._picks_to_refresh = 0.0
+        self._picks_to_refresh -= 1
+        if self._picks_to_refresh <= 0:
+            self._picks_to_refresh = len(states) * PICKS_PER_REFRESH
+            self.mean = sum(map(in_flight, states)) / self._ranks
+        return changed
+
+    def over_balance(self, state: WorkerState) -> bool:
+        """Whether a worker has so much more than the mean that affinity must give way.
+
+        By `balance_rel_threshold` times the mean, and by `balance_abs_threshold` requests above it. The existing gateway
+        (0.3.2) asks whether *any* two workers are that far apart, and then drops the affinity of every request; this asks
+        for the preferred worker only, as smg 1.13 does.
+        """
+        margin = min(self._abs, max(SPILL_FLOOR_REQUESTS, SPILL_DEVIATIONS * math.sqrt(self.mean)))
+        return self.above(state, self._rel, margin)
+
+    def above(self, state: WorkerState, factor: float, margin: float) -> bool:
+        """Whether a worker's legs in flight per rank exceed both `factor` x the mean and the mean + `margin` requests."""
+        load = state.in_flight / len(state.ranks)
+        return load > self.mean * factor and load > self.mean + margin
+
+    def draw(self, states: Sequence[WorkerState]) -> Sequence[WorkerState]:
+        """All of `states`, or SAMPLE at random of more (one may come twice, which does no harm)."""
+        count = len(states)
+        if count <= SAMPLE:
+            return states
+        uniform = self._rng.random
+        return [states[int(uniform() * count)] for _ in range(SAMPLE)]
+
+    def tokens(self, states: Sequence[WorkerState]) -> list[float]:
+        """Tokens per rank on each, by the load model."""
+        tokens = self._loads.worker_tokens(states)
+        return [total / len(state.ranks) for total, state in zip(tokens, states, strict=True)]
+
+    def least_loaded(
+        self, states: Sequence[WorkerState], tie: Callable[[WorkerState], float] = in_flight
+    ) -> WorkerState:
+        """The one with the fewest tokens per rank, then the least `tie`, then any."""
+        if len(states) == 1:
+            return states[0]
+        drawn = self.draw(states)
+        return self.least(drawn, list(zip(self.tokens(drawn), map(tie, drawn), strict=True)))
+
+    def least[Key: (float, tuple[float, float])](self, states: Sequence[WorkerState], keys: Sequence[Key]) -> WorkerState:
+        """The state with the least key, any of those that have it."""
+        best = min(keys)
+        first = keys.index(best)
+        if keys.count(best) == 1:
+            return states[first]
+        return states[self._rng.choice([index for index, key in enumerate(keys) if key == best])]
