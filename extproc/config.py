@@ -20,11 +20,15 @@ from extproc.model import Role, Worker
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Factor = Annotated[float, Meta(ge=1)]
 
 MIB = 1 << 20
 
 
 LogLevel = Literal["debug", "info", "warn", "error"]
+AssignmentMode = Literal["random", "min_load", "min_group"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,6 +92,21 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     decode_rank_policy: str | None = None
     """Per-role choice of the DP rank; default `minimum_tokens`, or `bootstrap_room` when the scheduler is off."""
     load_model: str = "scraped"
+
+    # Options of policies; each file in `policy/` says which it uses. `prefix_hash`: defaults of smg 1.13.
+    cache_threshold: Share = 0.3
+    cache_aware_rank: bool = False
+    balance_abs_threshold: NotNegative = 64
+    balance_rel_threshold: Factor = 1.5
+    eviction_interval_secs: Seconds = 60
+    max_tree_size: Count = 64 * MIB
+    """Bytes of the prefix tree of each role, everything counted (there: characters of text)."""
+    bucket_adjust_interval_secs: Seconds = 5
+    prefix_token_count: Count = 256
+    prefix_hash_load_factor: Factor = 1.25
+    prefix_hash_balance_abs_threshold: NotNegative = 10
+    max_idle_secs: Seconds = 4 * 3600
+    assignment_mode: AssignmentMode = "random"
 
     worker_load_check_interval: Seconds = 10
     worker_load_check_timeout: Seconds = 5

@@ -31,7 +31,7 @@ class Scheduler:
 
     def __init__(self, config: Config, table: LoadTable, rng: random.Random) -> None:
         """Raises ConfigError when the configuration names an unknown policy or load model."""
-        context = PolicyContext(config, make_load_model(config.load_model), rng, table.clock)
+        context = PolicyContext(config, make_load_model(config.load_model, table.clock), rng, table.clock)
         self._table = table
         self._rooms = Rooms(rng)
         self._workers = {role: make_worker_policy(config.worker_policy(role), context) for role in Role}

@@ -66,6 +66,30 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(routing, "request_timeout_secs", float, text="longest time for one request, stream included")
     add(routing, "response_headers", bool, text="tell clients the picked workers in x-pd-* response headers")
 
+    options = parser.add_argument_group("options of policies")
+    add(options, "cache_threshold", float, metavar="SHARE", text="cache_aware: least share of a prompt that must match")
+    add(options, "cache_aware_rank", bool, text="cache_aware: the same prefix prefers the same DP rank, too")
+    add(options, "max_tree_size", int, metavar="BYTES", text="cache_aware: largest size of each role's prefix tree")
+    add(options, "eviction_interval_secs", float, text="cache_aware: how long text of a worker that left is kept")
+    add(
+        options,
+        "balance_abs_threshold",
+        int,
+        text="affinity gives way above this many requests per rank over the mean (bucket: tokens over the least)",
+    )
+    add(options, "balance_rel_threshold", float, metavar="FACTOR", text="and above this multiple of it")
+    add(options, "bucket_adjust_interval_secs", float, text="bucket: time between adjustments of the boundaries")
+    add(options, "prefix_token_count", int, text="prefix_hash: tokens at the beginning that count (4 bytes each)")
+    add(options, "prefix_hash_load_factor", float, metavar="FACTOR", text="prefix_hash: bound, as multiple of the mean")
+    add(options, "prefix_hash_balance_abs_threshold", int, text="prefix_hash: and requests per rank above the mean")
+    add(options, "max_idle_secs", float, text="manual: a routing key unused for so long is forgotten")
+    add(
+        options,
+        "assignment_mode",
+        choices=["random", "min_load", "min_group"],
+        text="manual: which worker a new routing key gets",
+    )
+
     checks = parser.add_argument_group("loads and health")
     add(checks, "worker_load_check_interval", float, text="time between scrapes of a worker's loads")
     add(checks, "worker_load_check_timeout", float, text="longest time for one scrape")

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prefill", "prefill engines (default: 2)"),
         ("decode", "decode engines (default: 2)"),
         ("dp-size", "DP ranks of each engine (default: 2)"),
-        ("requests", "how many to send (default: 120)"),
+        ("requests", "how many to send (default: 160)"),
         ("concurrency", "how many at a time (default: 12)"),
     ):
         parser.add_argument(f"--{name}", type=_positive, metavar="N", help=text)

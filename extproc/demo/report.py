@@ -29,6 +29,7 @@ def make_console() -> Console:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A paragraph of text."""
+    console.print()
     console.print(textwrap.fill(text, TEXT_WIDTH, break_on_hyphens=False), style=style, markup=False)
 
 
@@ -62,6 +63,7 @@ def print_processes(console: Console, stack: Stack) -> None:
         table.add_row(engine.label, f"{engine.role} engine, dp_size {engine.dp_size}", engine.url, str(engine.pid))
     table.add_row("", "gateway (Envoy and the ext_proc service)", stack.url, str(stack.gateway.pid))
     table.add_row("", "the service's own metrics", f"{stack.status_url}/metrics", "")
+    console.print()
     console.print(table)
 
 
@@ -89,11 +91,12 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
             _ms(answer.total_s),
             f"[red]{answer.status or 'none'} WRONG[/]" if result.problems else str(answer.status),
         )
+    console.print()
     console.print(table)
     say(
         console,
-        "P1/0: worker P1, DP rank 0. x3: a batch of three prompts. ids: the prompt is token ids. in, out: tokens as the "
-        "engine counts them. TTFT: time to first token, where the answer is streamed; TTFT and total in ms, as the "
+        "P1/0: worker P1, DP rank 0. x3: a batch of three prompts. ids: the prompt is token ids. in, out: tokens as "
+        "the engine counts them. TTFT: time to first token, where the answer is streamed; TTFT and total in ms, as the "
         "client sees them.",
         style="dim",
     )
@@ -111,6 +114,7 @@ def print_ranks(console: Console, uses: Sequence[RankUse]) -> None:
             figures = (use.requests, use.prompt_tokens, use.output_tokens, use.tokens)
             last = _ratio(spread(tokens)) if use is ranks[-1] else ""
             table.add_row(f"{use.engine.label}/{use.dp_rank}", *(f"{figure:,}" for figure in figures), last)
+    console.print()
     console.print(table)
 
 
@@ -139,6 +143,7 @@ def print_comparison(console: Console, names: Sequence[str], runs: Sequence[Sequ
         table.add_row(label, *cells)
     table.add_section()
     table.add_row("mean of the workers", *(cell for mean in means for cell in ("", _ratio(mean))))
+    console.print()
     console.print(table)
 
 

@@ -28,7 +28,7 @@ class Options:
     prefill: int = 2
     decode: int = 2
     dp_size: int = 2
-    requests: int = 120
+    requests: int = 160
     concurrency: int = 12
     seed: int = 1
     time_scale: float = 2.0
@@ -48,7 +48,8 @@ class Batch:
     """Those that belong to no request."""
     uses: Sequence[RankUse]
     repeated: int
-    """Attempts that failed and that the gateway made again elsewhere."""
+    """Legs of attempts that failed and that the gateway made again elsewhere."""
+    duration_s: float
 
     @property
     def right(self) -> bool:
@@ -81,15 +82,16 @@ def show(options: Options, console: Console) -> bool:
             f"Sending {len(requests)} requests, {options.concurrency} at a time (seed {options.seed}): {prompts:,} "
             f"prompts of {tokens:,} tokens in all, log-normal, the longest of "
             f"{max(max(request.prompt_tokens) for request in requests):,}. The gateway picks DP ranks by "
-            f"minimum_tokens; it scrapes the engines' loads every {options.load_check_interval_s:g} s. The engines "
-            f"run at {options.time_scale:g}x the speed of the modelled GPU.",
+            "minimum_tokens (--dp-minimum-tokens-scheduler) and scrapes the engines' loads every "
+            f"{options.load_check_interval_s:g} s (--worker-load-check-interval). The engines run at "
+            f"{options.time_scale:g}x the speed of the modelled GPU.",
         )
         batch = _run(stack, requests, options.concurrency, console, ranks_picked=True)
         report.print_results(console, batch.results)
         report.print_ranks(console, batch.uses)
         right = _judge(console, stack, batch)
         if right:
-            right = _compare(stack, requests, options, flags, batch, console)
+            right = _compare(stack, requests, options, flags, batch=batch, console=console)
         if options.keep:
             _keep(stack, console)
     return right
@@ -100,6 +102,7 @@ def _compare(
     requests: Sequence[Request],
     options: Options,
     flags: Sequence[str],
+    *,
     batch: Batch,
     console: Console,
 ) -> bool:
@@ -116,7 +119,8 @@ def _compare(
         console,
         "Compared: tokens that passed through each rank's KV cache during the run (prefill: prompts; decode: prompts "
         "and output), the largest over the mean: 1 is even. Which worker gets a request is up to the worker policy "
-        "(power_of_two) both times, so totals of workers differ, and rows of all workers show both choices together.",
+        "(power_of_two) both times, so totals of workers differ, and rows of all workers show both choices together. "
+        "Without picked ranks each prompt of a batch has a rank of its own; with them a batch stays together.",
         style="dim",
     )
     right = _judge(console, stack, baseline)
@@ -129,8 +133,10 @@ def _run(stack: Stack, requests: Sequence[Request], concurrency: int, console: C
     """Send all requests, then check them against what the engines recorded."""
     for engine in stack.engines:
         engine.forget_requests()
+    started_s = time.perf_counter()
     with report.progress(console, "answered", len(requests)) as answered:
         answers = asyncio.run(send_all(stack.url, requests, concurrency, answered))
+    duration_s = time.perf_counter() - started_s
     problems: list[str] = []
     engines = []
     for engine in stack.engines:
@@ -145,7 +151,7 @@ def _run(stack: Stack, requests: Sequence[Request], concurrency: int, console: C
     results = verify(requests, answers, engines, ranks_picked=ranks_picked)
     rooms = {answer.room for answer in answers}
     repeated = sum(bool(record["rooms"]) and record["rooms"][0] not in rooms for e in engines for record in e.records)
-    return Batch(results, problems, use_of_ranks(engines), repeated)
+    return Batch(results, problems, use_of_ranks(engines), repeated, duration_s)
 
 
 def _wait_until_idle(stack: Stack, label: str) -> None:
@@ -165,15 +171,15 @@ def _judge(console: Console, stack: Stack, batch: Batch) -> bool:
     if batch.right:
         report.say(
             console,
-            f"All {len(batch.results)} answers are right: text, usage, and both legs recorded by the engines, with the "
-            "same room, on the workers and ranks that the response headers name.",
+            f"All {len(batch.results)} answers are right (in {batch.duration_s:.1f} s): text, usage, and both legs "
+            "recorded by the engines, with the same room, on the workers and ranks that the response headers name.",
             style="green",
         )
         return True
     wrong = sum(bool(result.problems) for result in batch.results)
-    console.print(f"{wrong} of {len(batch.results)} requests were not answered right:", style="bold red")
+    console.print(f"\n{wrong} of {len(batch.results)} requests were not answered right:", style="bold red")
     report.print_problems(console, batch.results, batch.problems)
-    console.print("The gateway's last lines:")
+    console.print("\nThe gateway's last lines:")
     for line in stack.gateway_log.splitlines()[-LOG_LINES:]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
     return False

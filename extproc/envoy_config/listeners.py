@@ -134,7 +134,7 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
             delayed_close_timeout=NO_DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
             preserve_external_request_id=True,
-            local_reply_config=json_local_replies(config),
+            local_reply_config=json_local_replies(config, retry_503=True),
             http_filters=[route_filter(), _router_filter()],
             route_config=RouteConfiguration(
                 name=ROUTE_LISTENER, virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes())]
@@ -195,8 +195,8 @@ def _router_filter() -> HttpFilter:
 def _pair_retry(config: Config) -> RetryPolicy:
     """Another attempt with another pair, while the client has got nothing.
 
-    The service marks the answers for which that makes sense, and it alone can pick another pair: so not every 502 and
-    503 (no worker, the service not there) is asked for again."""
+    The answers for which that makes sense are marked, by the service and by `il_pd` when decode's connection failed:
+    not every 502 and 503 (no worker, the service not there) is asked for again."""
     return RetryPolicy(
         retry_on="connect-failure,refused-stream,reset-before-request,retriable-headers",
         retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
@@ -205,10 +205,9 @@ def _pair_retry(config: Config) -> RetryPolicy:
 
 
 def _strip_client_headers() -> list[HeaderMutation]:
+    # Envoy has made names lower case by then.
     by_prefix = [
-        HeaderMutation(
-            remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix, ignore_case=True))
-        )
+        HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
         for prefix in STRIPPED_PREFIXES
     ]
     return [*by_prefix, *(HeaderMutation(remove=name) for name in sorted(RESERVED_NAMES))]

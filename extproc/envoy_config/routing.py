@@ -77,7 +77,8 @@ def _ext_proc_filter(leg: Leg, *, request_body: ProcessingModeBodySendMode) -> H
                     request_trailer_mode=ProcessingModeHeaderSendMode.SKIP,
                     response_header_mode=ProcessingModeHeaderSendMode.SEND,
                     response_body_mode=ProcessingModeBodySendMode.NONE,
-                    # Keeps the gRPC stream open until the HTTP request ends: that is how the service learns of it.
+                    # A gRPC engine's status; no message where there are no trailers. Either way the stream stays open
+                    # until the HTTP request ends: that is how the service learns of the end.
                     response_trailer_mode=ProcessingModeHeaderSendMode.SEND,
                 ),
                 allow_mode_override=True,

@@ -34,10 +34,10 @@ class Clairvoyant:
         self._rng = rng
 
     def place(self, request: TraceRequest, seen: GenerationRequest) -> Route:
-        """Prefill: the rank that is free first. Decode: the rank with the least work to share steps with."""
-        waits_s = [group.remaining_s(rank) for group, rank in self._prefill]
-        shares = [self._shared_work(index, request) for index in range(len(self._decode))]
-        return Route(self._least(waits_s), self._least(shares))
+        """Prefill: the rank that has it computed first. Decode: the one whose other requests slow it down least."""
+        waits_s = [group.remaining_s(rank) + rank.prompt_s(request) for group, rank in self._prefill]
+        slowdowns_s = [self._slowdown_s(index, request) for index in range(len(self._decode))]
+        return Route(self._least(waits_s), self._least(slowdowns_s))
 
     def prefill_ended(self, route: Route) -> None:
         """Nothing to release: it looks at the engines."""
@@ -52,20 +52,17 @@ class Clairvoyant:
         least = min(figures)
         return self._rng.choice([index for index, figure in enumerate(figures) if figure == least])
 
-    def _shared_work(self, index: int, request: TraceRequest) -> float:
-        """What the rank's other requests add to this one's steps, and this one to theirs, in seconds."""
+    def _slowdown_s(self, index: int, request: TraceRequest) -> float:
+        """By how much the rank's other requests will lengthen this one's steps, all in all."""
         group, rank = self._decode[index]
         request_s = self._gpu.decode_per_request_ms / 1e3
         token_s = self._gpu.decode_per_kv_token_us / 1e6
-        own_s = request_s + token_s * (request.prompt_tokens + request.output_tokens / 2)
-        work = 0.0
-        members = group.batch_now(rank)
-        for kv_tokens, left in members:
+        slowdown_s = 0.0
+        for kv_tokens, left in group.batch_now(rank):
             shared = min(left, request.output_tokens)
-            work += shared * (own_s + request_s + token_s * (kv_tokens + left / 2))
+            slowdown_s += shared * (request_s + token_s * (kv_tokens + shared / 2))
         for flight in self._on_decode(index):
-            if flight not in rank.batch:
-                left = flight.request.output_tokens - flight.generated_tokens
-                shared = min(left, request.output_tokens)
-                work += shared * (own_s + request_s + token_s * (flight.request.prompt_tokens + left / 2))
-        return work
+            if flight not in rank.batch:  # still in prefill, or retracted
+                shared = min(flight.request.output_tokens - flight.generated_tokens, request.output_tokens)
+                slowdown_s += shared * (request_s + token_s * (flight.request.prompt_tokens + shared / 2))
+        return slowdown_s

@@ -8,6 +8,7 @@ next step, which is when the client gets the first token; with the last token th
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from extproc.lab.clairvoyant import Clairvoyant
 from extproc.lab.clock import Clock
@@ -15,6 +16,8 @@ from extproc.lab.decode import DecodeGroup, DecodeRank
 from extproc.lab.outstanding import Outstanding
 from extproc.lab.pages import rank_load
 from extproc.lab.prefill import PrefillGroup, PrefillRank
+from extproc.lab.prefill_cost import PrefillCost
+from extproc.lab.prefix_cache import PrefixCache
 from extproc.lab.request import Flight, TraceRequest
 from extproc.lab.scrapes import ScrapeLoop
 from extproc.lab.service import CLAIRVOYANT, PolicyName, Route, ScheduledService, Service, View
@@ -56,9 +59,16 @@ class Cluster:
         self._settings = settings
         self._requests = requests
         self._clock = clock = Clock()
-        gpu = settings.gpu
+        gpu, cost = settings.gpu, PrefillCost(settings.gpu, settings.prefill_attention)
         self._prefill_ranks = [
-            PrefillRank(index, index % settings.prefill.ranks, gpu) for index in range(settings.prefill.total_ranks)
+            PrefillRank(
+                index,
+                index % settings.prefill.ranks,
+                gpu,
+                cost,
+                PrefixCache(gpu.kv_capacity_tokens) if settings.prefix_cache else None,
+            )
+            for index in range(settings.prefill.total_ranks)
         ]
         self._decode_ranks = [
             DecodeRank(index, index % settings.decode.ranks, gpu) for index in range(settings.decode.total_ranks)
@@ -66,7 +76,7 @@ class Cluster:
         self._prefill_groups = [
             group
             for ranks in _together(self._prefill_ranks, settings.prefill, settings.dp_attention)
-            for group in [PrefillGroup(ranks, gpu, clock, self)] * len(ranks)
+            for group in [PrefillGroup(ranks, gpu, cost, clock, self)] * len(ranks)
         ]
         self._decode_groups = [
             group
@@ -89,7 +99,8 @@ class Cluster:
             for role, shape in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
                 for worker in range(shape.workers):
                     rng = random.Random(f"{seed}/scrape/{number}/{role}/{worker}")
-                    ScrapeLoop(service, role, worker, self._reader(role, worker), settings, rng, clock)
+                    read = self._reader(role, worker)
+                    ScrapeLoop(service, role, worker, read, settings=settings, rng=rng, clock=clock)
 
     def run(self) -> RunResult:
         """All requests, until the last one has ended."""
@@ -127,13 +138,12 @@ class Cluster:
         self._on_decode[route.decode_rank][flight] = None
         self._prefill_load.add(route.prefill_rank, request.prompt_tokens)
         self._decode_load.add(route.decode_rank, request.prompt_tokens + request.output_tokens)
-        self._prefill_ranks[route.prefill_rank].bootstrap_tokens += request.prompt_tokens
+        self._prefill_ranks[route.prefill_rank].expect(flight)
         self._decode_groups[route.decode_rank].submit(self._decode_ranks[route.decode_rank], flight)
 
     def allocated(self, flight: Flight) -> None:
         """Decode has room: prefill may start."""
         rank = self._prefill_ranks[flight.prefill_rank]
-        rank.bootstrap_tokens -= flight.request.prompt_tokens
         self._prefill_groups[flight.prefill_rank].add(rank, flight)
 
     def prefilled(self, rank: PrefillRank, tokens: int, complete: Sequence[tuple[Flight, int]]) -> None:
@@ -195,6 +205,9 @@ class _Reader:
             group.refresh()
         page, gpu = self.settings.scrape_page, self.settings.gpu
         return [rank_load(page, rank.pages, rank.dp_rank, gpu) for rank in self.ranks]
+
+
+RankT = TypeVar("RankT")
 
 
 def _together(ranks: Sequence[RankT], shape: Shape, dp_attention: bool) -> list[Sequence[RankT]]:

@@ -29,8 +29,6 @@ class Flight:
     decode_rank: int = -1
     left_tokens: int = 0
     """Prefill: prompt tokens not yet in a batch."""
-    cached_tokens: int = 0
-    """Prefill: prompt tokens that the prefix cache held."""
     admitted: bool = False
     """Prefill: has a place in the KV cache."""
     generated_tokens: int = 0

@@ -24,6 +24,7 @@ class ScrapeLoop:
         role: Role,
         worker: int,
         read: ReadPage,
+        *,
         settings: Settings,
         rng: random.Random,
         clock: Clock,

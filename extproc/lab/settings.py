@@ -39,6 +39,8 @@ class Settings:
     decode: Shape = Shape(1, 2)
     dp_attention: bool = False
     """All ranks of a worker run their batches together."""
+    prefill_attention: bool = False
+    """A prompt token costs more the later it stands (see `prefill_cost`)."""
     prefix_cache: bool = False
     """Prefill ranks keep the KV cache of prompts and skip what they have."""
     replicas: int = 1

@@ -5,9 +5,16 @@ from collections.abc import Callable
 from extproc.errors import ConfigError
 from extproc.policy.base import Choice, PolicyContext, RankPolicy, WorkerPolicy
 from extproc.policy.bootstrap_room import BootstrapRoom
+from extproc.policy.bucket import Bucket
+from extproc.policy.cache_aware import CacheAware
+from extproc.policy.consistent_hashing import ConsistentHashing
+from extproc.policy.least_load import LeastLoad
+from extproc.policy.manual import Manual
 from extproc.policy.minimum_tokens import MinimumTokens
 from extproc.policy.power_of_two import PowerOfTwo
+from extproc.policy.prefix_hash import PrefixHash
 from extproc.policy.random_choice import RandomChoice
+from extproc.policy.rank_round_robin import RankRoundRobin
 from extproc.policy.round_robin import RoundRobin
 
 __all__ = [
@@ -25,10 +32,17 @@ WORKER_POLICIES: dict[str, Callable[[PolicyContext], WorkerPolicy]] = {
     "random": RandomChoice,
     "round_robin": lambda _: RoundRobin(),
     "power_of_two": PowerOfTwo,
+    "least_load": LeastLoad,
+    "cache_aware": CacheAware,
+    "prefix_hash": PrefixHash,
+    "consistent_hashing": ConsistentHashing,
+    "manual": Manual,
+    "bucket": Bucket,
 }
 
 RANK_POLICIES: dict[str, Callable[[PolicyContext], RankPolicy]] = {
     "minimum_tokens": MinimumTokens,
+    "round_robin": lambda _: RankRoundRobin(),
     "bootstrap_room": lambda _: BootstrapRoom(),
 }
 

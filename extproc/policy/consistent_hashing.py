@@ -2,7 +2,8 @@
 
 Source: `consistent_hashing` of SGLang's gateway (header `x-smg-routing-key`), with the bound on loads of its
 `bounded_consistent_hashing`. When a worker joins or leaves, only the keys that it gets or had move: one in n.
-Parameters: `balance_rel_threshold` (ratio) and `balance_abs_threshold` (requests per rank above the mean) bound the load.
+Parameters: `balance_rel_threshold` (ratio) and `balance_abs_threshold` (requests per rank above the mean) bound the
+load.
 """
 
 from collections.abc import Sequence

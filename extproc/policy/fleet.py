@@ -8,13 +8,16 @@ a changed set of them.
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import TypeVar
 
 from extproc.load import WorkerState
 from extproc.policy.base import PolicyContext
 
-SAMPLE = 8
-"""Workers compared at most, drawn at random from more. With d draws the longest queue is about ln ln n / ln d above the
-mean (Mitzenmacher 2001, "The Power of Two Choices in Randomized Load Balancing"): beyond 8 there is little to win."""
+COMPARE_ALL = 8
+SAMPLE = 4
+"""Up to 8 workers are all compared, of more a random 4. With d draws the longest queue is about ln ln n / ln d above
+the mean (Mitzenmacher 2001, "The Power of Two Choices in Randomized Load Balancing"): each further one wins less, and
+costs as much as the last."""
 
 PICKS_PER_REFRESH = 1 / 32
 """The mean is taken anew after this many picks a worker: it then is at most 3 % of a request a worker behind."""
@@ -23,6 +26,8 @@ SPILL_FLOOR_REQUESTS = 4.0
 SPILL_DEVIATIONS = 2.0
 """The absolute margin of `over_balance` is at most two standard deviations (sqrt(mean): arrivals are Poisson) and never
 below four requests, so that few workers with little traffic spill at all (smg 1.13, `--balance-abs-threshold`)."""
+
+Key = TypeVar("Key", float, tuple[float, float])
 
 in_flight: Callable[[WorkerState], int] = attrgetter("in_flight")
 
@@ -64,22 +69,23 @@ class Fleet:
     def over_balance(self, state: WorkerState) -> bool:
         """Whether a worker has so much more than the mean that affinity must give way.
 
-        By `balance_rel_threshold` times the mean, and by `balance_abs_threshold` requests above it. The existing gateway
-        (0.3.2) asks whether *any* two workers are that far apart, and then drops the affinity of every request; this asks
-        for the preferred worker only, as smg 1.13 does.
+        By `balance_rel_threshold` times the mean, and by `balance_abs_threshold` requests above it. The existing
+        gateway (0.3.2) asks whether *any* two workers are that far apart, and then drops the affinity of every
+        request; this asks for the preferred worker only, as smg 1.13 does.
         """
         margin = min(self._abs, max(SPILL_FLOOR_REQUESTS, SPILL_DEVIATIONS * math.sqrt(self.mean)))
         return self.above(state, self._rel, margin)
 
     def above(self, state: WorkerState, factor: float, margin: float) -> bool:
-        """Whether a worker's legs in flight per rank exceed both `factor` x the mean and the mean + `margin` requests."""
+        """Whether a worker's legs in flight per rank exceed both `factor` x the mean and the mean + `margin`
+        requests."""
         load = state.in_flight / len(state.ranks)
         return load > self.mean * factor and load > self.mean + margin
 
     def draw(self, states: Sequence[WorkerState]) -> Sequence[WorkerState]:
-        """All of `states`, or SAMPLE at random of more (one may come twice, which does no harm)."""
+        """All of `states`, or some at random of many (one may come twice, which does no harm)."""
         count = len(states)
-        if count <= SAMPLE:
+        if count <= COMPARE_ALL:
             return states
         uniform = self._rng.random
         return [states[int(uniform() * count)] for _ in range(SAMPLE)]
@@ -98,7 +104,7 @@ class Fleet:
         drawn = self.draw(states)
         return self.least(drawn, list(zip(self.tokens(drawn), map(tie, drawn), strict=True)))
 
-    def least[Key: (float, tuple[float, float])](self, states: Sequence[WorkerState], keys: Sequence[Key]) -> WorkerState:
+    def least(self, states: Sequence[WorkerState], keys: Sequence[Key]) -> WorkerState:
         """The state with the least key, any of those that have it."""
         best = min(keys)
         first = keys.index(best)

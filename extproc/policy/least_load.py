@@ -1,8 +1,8 @@
 """`least_load`: the worker that will have worked off its load first.
 
-Source: `least_load` of smg 1.13, which ranks workers by expected drain time: tokens queued and sent, over the worker's
-speed. Speeds come from the load model, which measures them; where it does not, equal speeds are assumed, and tokens per rank
-are compared. Parameters: none. Of more than 8 workers a random 8 are compared (see `fleet.SAMPLE`).
+Source: `least_load` of smg 1.13, which ranks workers by expected drain time: tokens queued and sent, over the
+worker's speed. Speeds come from the load model, which measures them; where it does not, equal speeds are assumed, and
+tokens per rank are compared. Parameters: none. Of more than 8 workers a random 4 are compared (see `fleet.SAMPLE`).
 """
 
 from collections.abc import Callable, Sequence

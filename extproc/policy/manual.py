@@ -1,10 +1,10 @@
 """`manual`: a routing key stays with the worker it was first given.
 
-Source: `manual` of SGLang's gateway 0.3.2 (header `x-smg-routing-key`): unlike `consistent_hashing`, no key moves when a
-worker joins. A key whose worker is away gets a second one, and goes back when the first returns.
-Parameters: `assignment_mode` (how a new key gets its worker), `max_idle_secs` (seconds without a request after which a key
-is forgotten); `balance_rel_threshold` and `balance_abs_threshold` bound the load: above both, this one request goes to the
-least loaded worker, and the key stays where it is.
+Source: `manual` of SGLang's gateway 0.3.2 (header `x-smg-routing-key`): unlike `consistent_hashing`, no key moves
+when a worker joins. A key whose worker is away gets a second one, and goes back when the first returns.
+Parameters: `assignment_mode` (how a new key gets its worker), `max_idle_secs` (seconds without a request after which
+a key is forgotten); `balance_rel_threshold` and `balance_abs_threshold` bound the load: above both, this one request
+goes to the least loaded worker, and the key stays where it is.
 """
 
 from collections import Counter, OrderedDict
@@ -64,10 +64,13 @@ class Manual(WorkerPolicy):
         state = next((self._fleet.by_name[name] for name in names if name in self._fleet.by_name), None)
         if state is None:
             state = self._assign(states)
-            self._groups.subtract(names[:-1] if len(names) == MAX_WORKERS else ())
+            if len(names) == MAX_WORKERS:
+                self._leave(names[0])
+                names = names[1:]
+            names = (*names, state.worker.name)
             self._groups[state.worker.name] += 1
-            names = (*names[-(MAX_WORKERS - 1) :], state.worker.name)
         self._keys[digest] = Sticky(names, now_s)
+        self._forget(now_s)
         return state
 
     def _assign(self, states: Sequence[WorkerState]) -> WorkerState:
@@ -81,13 +84,16 @@ class Manual(WorkerPolicy):
                 return self._fleet.least(drawn, [float(self._groups[state.worker.name]) for state in drawn])
 
     def _forget(self, now_s: float) -> None:
-        """Drop the keys that are idle for too long, and the longest unused when there is no room for one more."""
+        """Drop the keys that are idle for too long, and the longest unused ones that there is no room for."""
         while self._keys:
             digest, sticky = next(iter(self._keys.items()))
-            if len(self._keys) < self._max_keys and now_s - sticky.used_s <= self._context.config.max_idle_secs:
+            if len(self._keys) <= self._max_keys and now_s - sticky.used_s <= self._context.config.max_idle_secs:
                 return
             del self._keys[digest]
             for name in sticky.workers:
-                self._groups[name] -= 1
-                if not self._groups[name]:
-                    del self._groups[name]
+                self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        self._groups[name] -= 1
+        if not self._groups[name]:
+            del self._groups[name]

@@ -2,6 +2,7 @@
 
 Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001). Two draws are nearly as good as
 comparing all, cost the same for 1,000 workers as for 2, and do not send a burst to one worker when figures are old.
+Parameters: none.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from extproc.request import GenerationRequest
 
 
 class PowerOfTwo(WorkerPolicy):
-    """Compares tokens first; equal tokens (no scrape yet, nothing sent) are decided by legs in flight."""
+    """Compares tokens per rank; equal ones (no scrape yet, nothing sent) are decided by legs in flight per rank."""
 
     def __init__(self, context: PolicyContext) -> None:
         self._loads = context.loads
@@ -24,6 +25,9 @@ class PowerOfTwo(WorkerPolicy):
             return Choice(states[0])
         # The draw is in random order, so a full tie goes to either.
         first, second = self._rng.sample(states, 2)
-        first_tokens, second_tokens = self._loads.worker_tokens((first, second))
-        prefers_second = (second_tokens, second.in_flight) < (first_tokens, first.in_flight)
-        return Choice(second if prefers_second else first)
+        tokens, other_tokens = self._loads.worker_tokens((first, second))
+        # A request waits on one rank: four times the tokens on four times the ranks is the same wait. Cross-multiplied.
+        ranks, other_ranks = len(first.ranks), len(second.ranks)
+        load = tokens * other_ranks, first.in_flight * other_ranks
+        other_load = other_tokens * ranks, second.in_flight * ranks
+        return Choice(second if other_load < load else first)

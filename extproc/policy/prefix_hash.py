@@ -2,8 +2,9 @@
 
 Source: `prefix_hash` of smg 1.13. A cheap stand-in for `cache_aware`: no memory of requests, O(log n), and it keeps
 together what begins alike, but does not know how much is alike after that.
-Parameters: `prefix_token_count` (tokens; 4 bytes each, as requests are not tokenized), `prefix_hash_load_factor` (ratio to
-the mean) and `prefix_hash_balance_abs_threshold` (requests per rank above the mean): above both, the next on the ring.
+Parameters: `prefix_token_count` (tokens; 4 bytes each, as requests are not tokenized), `prefix_hash_load_factor`
+(ratio to the mean) and `prefix_hash_balance_abs_threshold` (requests per rank above the mean): above both, the next
+on the ring.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ class PrefixHash(WorkerPolicy):
         self._margin = context.config.prefix_hash_balance_abs_threshold
 
     def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
-        """The prefix's worker, or while that is over its bound the next on the ring; without a prompt the least loaded."""
+        """The prefix's worker, or while that is over its bound the next on the ring; without a prompt the least
+        loaded."""
         if self._fleet.see(states):
             self._ring.update(self._fleet.by_name)
         state = None

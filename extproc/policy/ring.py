@@ -1,8 +1,8 @@
 """A consistent-hash ring of worker names: a key keeps its worker while others come and go.
 
-Source: Karger et al., "Consistent Hashing and Random Trees" (1997), with 160 points a worker (SGLang's gateway: 150). The
-share of a worker then varies by 1/sqrt(160) = 8 %. Hashes are BLAKE2b, the same in every process, so that replicas of the
-service agree.
+Source: Karger et al., "Consistent Hashing and Random Trees" (1997), with 160 points a worker (SGLang's gateway: 150).
+The share of a worker then varies by 1/sqrt(160) = 8 %. Hashes are BLAKE2b, the same in every process, so that
+replicas of the service agree.
 """
 
 import struct
@@ -80,8 +80,8 @@ class Ring:
 def bounded(ring: Ring, fleet: Fleet, point: int, over: Callable[[WorkerState], bool]) -> WorkerState | None:
     """The first eligible worker from `point` on that is not `over` its bound; None when MAX_STEPS of them are.
 
-    Source: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads" (2016). As the walk is the same every
-    time, what spills over from a worker also keeps together.
+    Source: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads" (2016). As the walk is the same
+    every time, what spills over from a worker also keeps together.
     """
     steps = 0
     for name in ring.walk(point):

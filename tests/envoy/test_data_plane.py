@@ -142,6 +142,7 @@ FORBIDDEN = {
     "X-GATEWAY-Destination-Endpoint": NO_PORT,
     "X-Envoy-Max-Retries": "9",
     "x-envoy-upstream-rq-timeout-ms": "1",
+    "x-envoy-invented-later": "1",
     "x_pd_mode": "pd",
 }
 
@@ -229,24 +230,46 @@ def test_an_unmarked_failure_is_not_tried_again_and_a_mark_stays_inside() -> Non
 
 
 def test_a_mark_on_an_engines_answer_works_too() -> None:
-    """Also when Envoy itself made that answer: decode refused the connection."""
-
     async def scenario() -> None:
         async with bench() as b:
-            alive, b.service.decode = b.service.decode, NO_PORT
+
+            async def behave(call: Call) -> web.StreamResponse:
+                return web.json_response({"call": len(b.decode.calls)}, status=503 if len(b.decode.calls) == 1 else 200)
 
             async def mark(service: StubService, stream, kind, request):
-                if kind != "response_headers" or stream.leg != "route" or stream.response_headers[":status"] != "503":
+                if kind != "response_headers" or stream.response_headers[":status"] != "503":
                     return None
-                service.decode = alive
                 response = service.on_response_headers(stream, request)
                 response.response_headers.response.header_mutation.CopyFrom(set_headers(x_pd_retry="decode"))
                 return response
 
+            b.decode.behave = behave
             b.service.override = mark
             response = await b.post()
-            assert response.status_code == 200
-            assert [s.response_headers[":status"] for s in b.service.of("route")] == ["503", "200"]
+            assert (response.status_code, response.json()) == (200, {"call": 2})
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["refused", "reset"])
+def test_a_broken_connection_to_decode_is_tried_again_without_a_mark_of_the_service(how: str) -> None:
+    async def scenario() -> None:
+        async with bench() as b:
+            alive = b.service.decode
+            if how == "refused":
+                b.service.decode = NO_PORT
+
+            async def behave(call: Call) -> web.StreamResponse:
+                return await (reset if how == "reset" and len(b.decode.calls) == 1 else answer_ok)(call)
+
+            async def other_worker(service: StubService, stream, kind, request):
+                if stream.headers.get("x-envoy-attempt-count") == "2":
+                    service.decode = alive
+
+            b.decode.behave = behave
+            b.service.override = other_worker
+            assert (await b.post()).status_code == 200
+            assert len(b.service.of("route")) == 2
 
     run(scenario())
 

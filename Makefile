@@ -1,0 +1,55 @@
+# `make` lists what there is. Everything runs in a virtual environment, which is made on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV ?= $(BIN)/uv
+LOCK := requirements-dev.lock
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# More arguments for the program that a target runs: make test ARGS="-k scraper"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make the virtual environment (.venv) with everything in it
+
+demo: venv ## a whole gateway with simulated engines, shown and checked; KEEP=1 leaves it running
+	$(BIN)/python -m extproc.demo $(if $(filter-out 0,$(KEEP)),--keep) $(ARGS)
+
+test: venv ## all tests, those with a real Envoy included
+	$(BIN)/python -m pytest $(ARGS)
+
+check: venv ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: venv ## write the lock file anew after a change of dependencies; ARGS=--upgrade for new versions
+	@command -v $(UV) >/dev/null || $(PIP) install --quiet uv
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
+	  --no-emit-index-url --no-header $(ARGS) --output-file $(LOCK) pyproject.toml
+
+clean: ## remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Made anew only when the dependencies have changed. The lock file pins every package by its hash.
+$(STAMP): pyproject.toml $(wildcard $(LOCK))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make virtual environments: on Debian or Ubuntu, apt install python3-venv."; exit 1; }
+ifneq ($(wildcard $(LOCK)),)
+	$(PIP) install --quiet --require-hashes --requirement $(LOCK)
+	$(PIP) install --quiet --no-deps --editable .
+else
+	$(PIP) install --quiet --editable '.[envoy,dev]'
+endif
+	@touch $@
