@@ -91,7 +91,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     prefill_rank_policy: str | None = None
     decode_rank_policy: str | None = None
     """Per-role choice of the DP rank; default `minimum_tokens`, or `bootstrap_room` when the scheduler is off."""
-    load_model: str = "scraped"
+    load_model: str = "live"
+    """`live`: the service's own ledger, corrected by scrapes; `scraped`: the existing gateway's rule."""
 
     # Options of policies; each file in `policy/` says which it uses. `prefix_hash`: defaults of smg 1.13.
     cache_threshold: Share = 0.3
@@ -110,8 +111,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     worker_load_check_interval: Seconds = 10
     worker_load_check_timeout: Seconds = 5
-    metrics_paths: tuple[str, ...] = ("/metrics", "/v1/loads?format=prometheus")
-    """Tried in this order until one gives per-rank loads."""
+    metrics_paths: tuple[str, ...] = ("/v1/loads?format=prometheus", "/metrics")
+    """Tried in this order until one gives per-rank loads. `/v1/loads` first: a tenth of the size, always on, with what
+    is queued and when it was taken, and fresher: gauges on `/metrics` may stand for 30 s on an idle rank."""
 
     worker_startup_check_interval: Seconds = 30
     worker_startup_timeout_secs: Seconds = 1800

@@ -8,9 +8,21 @@ locks: a pick and its charge are one step. Only writers: `worker_changed` (healt
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from extproc.model import RankLoad, Role, Worker
+
+LEARN = 0.05
+"""Weight of the latest of many like figures: about the last 20 count."""
+
+FIRST_LIFETIME_S = 1.0
+"""A lease's lifetime before there was any, in the order of a short request's."""
+
+MAX_CHANGES = 4096
+"""Changes of a rank's ledger that are kept: more than come between two scrapes of a rank, and 200 KB at most."""
+
+CLOCK_DRIFT = 1e-4
+"""Seconds a second that two hosts' clocks may drift apart; NTP keeps them within 500 ppm, usually far better."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +30,7 @@ class RankState:
     """One DP rank of one worker."""
 
     dp_rank: int
+    role: Role
     scraped: RankLoad | None = None
     """The last figures the engine gave; None until there are some."""
     scraped_at_s: float | None = None
@@ -33,11 +46,28 @@ class RankState:
     changes: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
     """The ledger's recent changes, (when, tokens): what it was at an earlier moment can be told from them."""
     tokens_per_s: float | None = None
-    """Prefill only: measured speed; None while it is not known."""
+    """Measured speed: by the engine's counters where it has them, else by the ledger; None while not known."""
+    counted: bool = False
+    """The speed is the engine's own."""
+    work_tokens: float = 0.0
+    busy_s: float = 0.0
+    """What the ledger has seen done, and in what time, the latest counting most."""
+    lifetime_s: float = FIRST_LIFETIME_S
+    """How long a lease is held, on average of the latest."""
     foreign_tokens: float = 0.0
     """Tokens beyond the ledger that the engine had at `news_at_s`: sent by others, or estimated too low."""
     news_at_s: float | None = None
     """When the engine took the last figures that said something new, on the service's clock; None: no such figures."""
+
+    def done_tokens(self, now_s: float) -> float:
+        """What a prefill rank has done of its oldest prompt; not more than that prompt: it would have been answered."""
+        if not self.leases or self.tokens_per_s is None or self.role is not Role.PREFILL:
+            return 0.0
+        return min(next(iter(self.leases)).tokens, self.tokens_per_s * (now_s - self.serving_since_s))
+
+    def news_weight(self, now_s: float) -> float:
+        """How much of what the engine last reported is still there, from 1 to 0."""
+        return 0.0 if self.news_at_s is None else math.exp(-max(0.0, now_s - self.news_at_s) / self.lifetime_s)
 
     def outstanding_at(self, then_s: float) -> float:
         """What the ledger was at an earlier moment, in tokens; of moments too long ago, the oldest known."""
@@ -71,13 +101,6 @@ class Lease:
     tokens: float
     charged_at_s: float
     released: bool = False
-
-
-MAX_CHANGES = 4096
-"""Changes of a rank's ledger that are kept: more than come between two scrapes of a rank, and 200 KB at most."""
-
-CLOCK_DRIFT = 1e-4
-"""Seconds a second that two hosts' clocks may drift apart; NTP keeps them within 500 ppm, usually far better."""
 
 
 class LoadTable:
@@ -119,7 +142,7 @@ class LoadTable:
         state.worker, state.healthy = worker, healthy
         # Ranks that remain keep their charges; leases on vanished ranks release into nothing.
         del state.ranks[worker.rank_count :]
-        state.ranks.extend(RankState(dp_rank) for dp_rank in range(len(state.ranks), worker.rank_count))
+        state.ranks.extend(RankState(dp_rank, worker.role) for dp_rank in range(len(state.ranks), worker.rank_count))
         role = worker.role
         self._eligible[role] = [
             other
@@ -145,8 +168,8 @@ class LoadTable:
 
     def _reconcile(self, state: WorkerState, rank: RankState, load: RankLoad, at_s: float) -> None:
         """Compare the engine's figures with what the ledger was when it took them."""
-        if rank.scraped is not None and replace(load, snapshot_s=rank.scraped.snapshot_s) == rank.scraped:
-            return  # the same figures again are no news: an engine may publish long after it has changed
+        if load == rank.scraped:
+            return  # no news: an engine's gauges may stand for long after it has changed
         taken_at_s = at_s
         if load.snapshot_s is not None:
             # The fastest scrape so far tells the clocks apart best; it fades, as clocks drift.
@@ -154,21 +177,26 @@ class LoadTable:
             known_s += CLOCK_DRIFT * (at_s - (rank.scraped_at_s or at_s))
             state.engine_clock_s = min(known_s, at_s - load.snapshot_s)
             taken_at_s = load.snapshot_s + state.engine_clock_s
-        held = load.used_tokens if load.total_tokens is None else load.total_tokens
-        rank.foreign_tokens = (held or 0.0) - rank.outstanding_at(taken_at_s)
+        expected = rank.outstanding_at(taken_at_s)
+        if load.total_tokens is not None:
+            rank.foreign_tokens = load.total_tokens - expected
+        else:  # without what is queued it only tells what there is at least
+            rank.foreign_tokens = max(0.0, (load.used_tokens or 0.0) - expected)
         rank.news_at_s = taken_at_s
 
     @staticmethod
     def _measure(rank: RankState, load: RankLoad) -> None:
         """The rank's prefill speed, by the engine's own counters since the last scrape."""
         before = rank.scraped
-        if before is None or None in (load.prefill_busy_us_total, before.prefill_busy_us_total):
+        if before is None or load.prefill_busy_us_total is None or load.prefill_uncached_tokens_total is None:
             return
-        busy_s = (load.prefill_busy_us_total - before.prefill_busy_us_total) / 1e6
-        tokens = load.prefill_uncached_tokens_total - before.prefill_uncached_tokens_total
-        if busy_s > 0 and tokens > 0:
-            speed = tokens / busy_s
-            rank.tokens_per_s = speed if rank.tokens_per_s is None else rank.tokens_per_s + 0.2 * (speed - rank.tokens_per_s)
+        busy_us = load.prefill_busy_us_total - (before.prefill_busy_us_total or 0.0)
+        tokens = load.prefill_uncached_tokens_total - (before.prefill_uncached_tokens_total or 0.0)
+        if busy_us > 0 and tokens > 0:
+            speed = tokens / busy_us * 1e6
+            known = rank.tokens_per_s
+            rank.tokens_per_s = speed if known is None or not rank.counted else known + LEARN * (speed - known)
+            rank.counted = True
 
     def charge(self, state: WorkerState, dp_rank: int, prompt_tokens: float, output_tokens: float = 0.0) -> Lease:
         """Charge a request to a rank, in the same step as the pick."""
@@ -192,7 +220,12 @@ class LoadTable:
         lease.released = True
         now_s = self.clock()
         rank = lease.rank
+        rank.lifetime_s += LEARN * (now_s - lease.charged_at_s - rank.lifetime_s)
         if next(iter(rank.leases)) is lease:
+            rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
+            rank.work_tokens = (1 - LEARN) * rank.work_tokens + lease.tokens
+            if not rank.counted and rank.busy_s > 0:
+                rank.tokens_per_s = rank.work_tokens / rank.busy_s
             rank.serving_since_s = now_s
         del rank.leases[lease]
         rank.outstanding_requests -= 1
@@ -203,4 +236,4 @@ class LoadTable:
 
 
 def _new_state(worker: Worker) -> WorkerState:
-    return WorkerState(worker, ranks=[RankState(dp_rank) for dp_rank in range(worker.rank_count)])
+    return WorkerState(worker, ranks=[RankState(dp_rank, worker.role) for dp_rank in range(worker.rank_count)])

@@ -1,4 +1,3 @@
-import math
 """What "load" means: from a table row to a number of tokens that ranks and workers are compared by.
 
 Reads the load table, never writes. `scraped` is the rule of the existing gateway, for parity and as a baseline.
@@ -10,6 +9,9 @@ from typing import Protocol
 from extproc.errors import ConfigError
 from extproc.load import RankState, WorkerState
 
+STALE_WEIGHT = 0.02
+"""Figures that have faded to this (four request lifetimes) say nothing any more."""
+
 
 class LoadModel(Protocol):
     """Tokens on each of several candidates. They are rated together, since they must be comparable."""
@@ -19,6 +21,9 @@ class LoadModel(Protocol):
 
     def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
         """Load of each worker, in tokens: the sum over its ranks."""
+
+    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+        """How long each worker will take for what it has, in seconds, or in anything in proportion to that."""
 
 
 class Scraped:
@@ -40,16 +45,20 @@ class Scraped:
         tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
         return [sum(next(tokens) for _ in state.ranks) for state in states]
 
+    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+        """Tokens per rank: this rule knows no speeds."""
+        return [tokens / len(state.ranks) for tokens, state in zip(self.worker_tokens(states), states, strict=True)]
+
 
 class Live:
     """The ledger: every token that was sent and is not done yet, corrected by what engines report.
 
-    - The ledger is exact for this service's requests, and never stale. A prefill rank's oldest prompt is being worked
-      on, so what it has done of it is taken off, by the rank's measured speed.
+    - The ledger is exact for this service's requests, and never stale. A prefill rank works on its oldest prompt: what
+      it has done of that by now, by its measured speed, is taken off.
     - What an engine had beyond the ledger when it took its figures counts too: requests that others sent, prompts that
-      were estimated too short. It loses weight with age, at the pace at which requests come and go: what was there a
-      request's lifetime ago is mostly gone.
-    - Ranks are compared by the ledger alone while one of them has no figures, or only old ones.
+      were estimated too short (or, below it, too long). It fades by the time a request stays: what was there so long
+      ago is mostly gone.
+    - Ranks are compared by the ledger alone while one of them has no figures, or old ones.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -58,33 +67,30 @@ class Live:
     def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
         """Load of each rank, in tokens."""
         now_s = self._clock()
-        ledger = [rank.outstanding_tokens - self._done_tokens(rank, now_s) for rank in ranks]
-        import os
-        v=os.environ.get("V","0")
-        if v=="0": return ledger
-        if any(r.news_at_s is None for r in ranks): return ledger
-        out=[]
-        tau=float(os.environ.get("TAU","2"))
-        for r,l in zip(ranks,ledger):
-            f=r.foreign_tokens
-            age=max(0.0,now_s-r.news_at_s)
-            if v in "2": f=max(0.0,f)
-            if v in "23": f*=math.exp(-age/tau)
-            out.append(max(0.0,l+f))
-        return out
+        ledger = [rank.outstanding_tokens - rank.done_tokens(now_s) for rank in ranks]
+        weights = [rank.news_weight(now_s) for rank in ranks]
+        if min(weights) < STALE_WEIGHT:
+            return ledger
+        return [
+            max(0.0, tokens + weight * rank.foreign_tokens)
+            for tokens, weight, rank in zip(ledger, weights, ranks, strict=True)
+        ]
 
     def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
         """Load of each worker, in tokens."""
         tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
         return [sum(next(tokens) for _ in state.ranks) for state in states]
 
-    @staticmethod
-    def _done_tokens(rank: RankState, now_s: float) -> float:
-        """What the rank has done of its oldest prompt; not more than that prompt, as it would have been answered."""
-        if rank.tokens_per_s is None or not rank.leases:
-            return 0.0
-        oldest = next(iter(rank.leases))
-        return min(oldest.tokens, rank.tokens_per_s * (now_s - rank.serving_since_s))
+    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+        """Time until each worker has done what it has, in seconds; in tokens per rank while no speed is known."""
+        per_rank = [tokens / len(state.ranks) for tokens, state in zip(self.worker_tokens(states), states, strict=True)]
+        speeds = [[speed for rank in state.ranks if (speed := rank.tokens_per_s)] for state in states]
+        known = [sum(of_worker) / len(of_worker) for of_worker in speeds if of_worker]
+        usual = sum(known) / len(known) if known else 1.0
+        return [
+            tokens / (sum(of_worker) / len(of_worker) if of_worker else usual)
+            for tokens, of_worker in zip(per_rank, speeds, strict=True)
+        ]
 
 
 LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}

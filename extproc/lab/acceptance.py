@@ -1,6 +1,6 @@
 """All that the `live` load model must reach on the Mooncake conversation trace, in one run: required and reached.
 
-`python -m extproc.lab.acceptance --trace FILE`. Figures are medians over seeds. Exit status 1 when a row is not reached.
+`python -m extproc.lab.acceptance --trace FILE`. Figures are medians over seeds. Exit status 1 when a row is missed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.table import Table
 from extproc.errors import ConfigError
 from extproc.lab.experiment import Case, Load, run_cases
 from extproc.lab.pages import Page
-from extproc.lab.progress import progress_bar
+from extproc.lab.progress import output_console, progress_bar
 from extproc.lab.settings import Settings, Shape
 from extproc.lab.stats import Estimate, Summary, difference
 from extproc.model import Role
@@ -204,18 +204,20 @@ def show(verdicts: Sequence[Verdict], console: Console, title: str) -> None:
     for heading in ("required", "reached", "interval"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("", no_wrap=True)
+    shown_case = ""
     for verdict in verdicts:
         sign = "≤" if verdict.at_most else "≥"
         form = "+.0%" if verdict.at_most else ".0%"
         fine = "+.1%" if verdict.at_most else ".0%"
         shown.add_row(
-            verdict.row,
+            "" if verdict.row == shown_case else verdict.row,
             verdict.against,
             f"{sign} {verdict.required:{form}}",
             f"{verdict.reached.median:{fine}}",
             f"{verdict.reached.low:{fine}} … {verdict.reached.high:{fine}}",
             "ok" if verdict.passed else "[bold red]no",
         )
+        shown_case = verdict.row
     console.print(shown)
 
 
@@ -245,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scrape-page", type=Page, choices=list(Page), default=Page.LOADS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    console = Console()
+    console = output_console()
     try:
         utilization, ratio = find_decode_utilization(args.trace, args.jobs, args.scrape_page)
         table = rows(args.trace, utilization, args.scrape_page)

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from extproc.errors import ConfigError
-from extproc.lab import report
-from extproc.lab.experiment import Load, compare
+from extproc.lab import plot, report
+from extproc.lab.experiment import Case, Load, compare, simulate
 from extproc.lab.pages import Page
-from extproc.lab.progress import progress_bar
+from extproc.lab.progress import output_console, progress_bar
 from extproc.lab.service import CLAIRVOYANT, PolicyName
 from extproc.lab.settings import Settings, Shape
 from extproc.model import Role
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
             PolicyName.parse(policy)
     if not policies:
         raise ConfigError("--policies: expected at least one")
+    if args.plot:
+        plot.require_matplotlib()
     requests = len(load.arrivals(settings, 0))  # a bad trace is told before anything runs
 
     errors = Console(stderr=True)
@@ -111,12 +113,13 @@ def run(args: argparse.Namespace) -> int:
         comparison = compare(policies, range(args.seeds), settings, load, jobs=jobs, done=done)
 
     if not args.quiet:
-        console = errors if args.json == "-" else Console()
+        console = errors if args.json == "-" else output_console()
         console.print(*report.tables(comparison, report.describe(settings, load, requests)), sep="\n")
     if args.json:
         _write_json(args.json, report.as_json(comparison, settings, load))
     if args.plot:
-        raise ConfigError("--plot: not yet")
+        results = {policy: simulate(Case(policy, 0, settings, load), record=True) for policy in policies}
+        plot.draw(results, args.plot, report.describe(settings, load, requests))
     return 0
 
 
@@ -132,30 +135,31 @@ def _write_json(place: str, content: Any) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
     return value
 
 
 def _interval(text: str) -> float | None:
-    if text == SCRAPES_OFF:
-        return None
-    try:
-        return _positive(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, or {SCRAPES_OFF}, got {text!r}") from None
+    return None if text == SCRAPES_OFF else _positive(text)

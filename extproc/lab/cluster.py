@@ -94,8 +94,8 @@ class Cluster:
         self._replica_rng = random.Random(f"{seed}/replica")
         with_prompts = policy.partition("+")[0] in PROMPT_POLICIES
         self._view = View(settings, random.Random(f"{seed}/bytes"), with_prompts)
-        self._services = [self._service(policy, random.Random(f"{seed}/{n}")) for n in range(settings.replicas)]
-        for number, service in enumerate(self._services):
+        self.services = [self._service(policy, random.Random(f"{seed}/{n}")) for n in range(settings.replicas)]
+        for number, service in enumerate(self.services):
             for role, shape in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
                 for worker in range(shape.workers):
                     rng = random.Random(f"{seed}/scrape/{number}/{role}/{worker}")
@@ -130,7 +130,7 @@ class Cluster:
         request = self._requests[number]
         if number + 1 < len(self._requests):
             self._clock.at(self._requests[number + 1].arrival_s, self._arrive, number + 1)
-        service = self._services[self._replica_rng.randrange(len(self._services))]
+        service = self.services[self._replica_rng.randrange(len(self.services))]
         route = service.place(request, self._view.of(request))
         flight = Flight(request, request.arrival_s, route.prefill_rank, route.decode_rank)
         self._flights.append(flight)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from extproc.errors import ConfigError
@@ -83,7 +84,8 @@ def run_cases(cases: Sequence[Case], jobs: int = 1, done: Callable[[Case], None]
             summaries.append(run_case(case))
             done(case)
         return summaries
-    with ProcessPoolExecutor(max_workers=jobs) as pool:
+    # Not forked: the progress bar has a thread.
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_case, case): case for case in cases}
         for future in as_completed(futures):
             future.result()

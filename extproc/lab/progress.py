@@ -1,4 +1,4 @@
-"""A progress bar over runs, on terminals only."""
+"""What a person sees while and after it runs: a progress bar on terminals, tables that fit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +7,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from extproc.lab.experiment import Case
+
+WIDTH = 120
+"""Columns where there is no terminal to ask."""
+
+
+def output_console() -> Console:
+    """Standard output, wide enough for the tables when it is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 @contextmanager

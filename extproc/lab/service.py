@@ -100,9 +100,9 @@ class ScheduledService:
             load_model=policy.load_model,
         )
         workers = config.workers()
-        self._table = LoadTable(workers, clock.read)
+        self.table = LoadTable(workers, clock.read)
         for worker in workers:
-            self._table.worker_changed(worker, healthy=True)
+            self.table.worker_changed(worker, healthy=True)
         self._names = {role: [worker.name for worker in workers if worker.role is role] for role in Role}
         self._first_rank = {
             name: number * (settings.prefill if role is Role.PREFILL else settings.decode).ranks
@@ -111,7 +111,7 @@ class ScheduledService:
         }
         self._decode_ranks = settings.decode.ranks
         self._prefill_ranks = settings.prefill.ranks
-        self._scheduler = Scheduler(config, self._table, rng)
+        self._scheduler = Scheduler(config, self.table, rng)
 
     def place(self, request: TraceRequest, seen: GenerationRequest) -> Route:
         scheduled = self._scheduler.place(seen)
@@ -128,14 +128,14 @@ class ScheduledService:
 
     def prefill_ended(self, route: Route) -> None:
         if route.scheduled is not None:
-            self._table.release(route.scheduled.prefill)
+            self.table.release(route.scheduled.prefill)
 
     def request_ended(self, route: Route) -> None:
         if route.scheduled is not None:
-            self._table.release(route.scheduled.decode)
+            self.table.release(route.scheduled.decode)
 
     def observe(self, role: Role, worker: int, loads: Sequence[RankLoad], at_s: float) -> None:
-        self._table.observe(self._names[role][worker], loads, at_s)
+        self.table.observe(self._names[role][worker], loads, at_s)
 
 
 class View:

@@ -32,6 +32,11 @@ def key_point(key: bytes) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big")
 
 
+def _points_of(name: str) -> Iterator[int]:
+    for number in range(DIGESTS):
+        yield from _unpack(blake2b(b"%d/%s" % (number, name.encode()), digest_size=DIGEST_BYTES).digest())
+
+
 class Ring:
     """Points in order, each with the name it belongs to."""
 
@@ -55,13 +60,16 @@ class Ring:
         added = [name for name in names if name not in self._members]
         if not added:
             return
-        owner_of = dict(zip(self._points, self._owners, strict=True))
-        for name in added:
-            for number in range(DIGESTS):
-                digest = blake2b(b"%d/%s" % (number, name.encode()), digest_size=DIGEST_BYTES).digest()
-                owner_of.update(dict.fromkeys(_unpack(digest), name))
-        self._points = array("Q", sorted(owner_of))
-        self._owners = [owner_of[point] for point in self._points]
+        points, owners, start = array("Q"), list[str](), 0
+        for point, owner in sorted((point, name) for name in added for point in _points_of(name)):
+            end = bisect_left(self._points, point, start)
+            points += self._points[start:end]
+            owners += self._owners[start:end]
+            points.append(point)
+            owners.append(owner)
+            start = end
+        self._points = points + self._points[start:]
+        self._owners = owners + self._owners[start:]
         self._members.update(added)
 
     def walk(self, point: int) -> Iterator[str]:
