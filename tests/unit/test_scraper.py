@@ -345,7 +345,7 @@ def test_targets_of_a_configuration():
         decode=(WorkerConfig(url="http://[::1]:30001/", metrics_urls=()),),
     )
     assert scrape_targets(config) == [
-        ScrapeTarget("p:30000", ("http://p:30000/metrics", "http://p:30000/v1/loads?format=prometheus")),
+        ScrapeTarget("p:30000", ("http://p:30000/v1/loads?format=prometheus", "http://p:30000/metrics")),
         ScrapeTarget("q:30000", ("http://q:9090/m", "http://q:30000/metrics", "http://q:30000/x")),
         ScrapeTarget("[::1]:30001", ()),
     ]
