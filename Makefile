@@ -9,12 +9,14 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # More arguments for the program that a target runs: make test ARGS="-k scraper"
 ARGS ?=
+# Mooncake's conversation trace (FAST '25, kvcache-ai/Mooncake, FAST25-release/traces)
+TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lock clean
+.PHONY: help venv demo test check bench-lab bench-scheduling lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make the virtual environment (.venv) with everything in it
 
@@ -29,6 +31,12 @@ check: venv ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-lab: venv ## the scheduling figures in virtual time, required and reached (TRACE: Mooncake's conversation trace)
+	$(BIN)/python -m extproc.lab.acceptance --trace $(TRACE) --jobs 2 $(ARGS)
+
+bench-scheduling: venv ## the same through real gateways in real time; SMG_PYTHON=…: smg 1.13.0, too (docs/scheduling.md)
+	$(BIN)/python tests/bench/scheduling.py $(if $(wildcard $(TRACE)),--trace $(TRACE)) $(ARGS)
 
 lock: venv ## write the lock file anew after a change of dependencies; ARGS=--upgrade for new versions
 	@command -v $(UV) >/dev/null || $(PIP) install --quiet uv

@@ -84,7 +84,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     prometheus_port: Port = 29000
     log_level: LogLevel = "info"
 
-    policy: str = "power_of_two"
+    policy: str = "least_load"
+    """Within 1 % of a clairvoyant rule's time to first token in the lab, for few ranks and many (docs/lab.md)."""
     prefill_policy: str | None = None
     decode_policy: str | None = None
     dp_minimum_tokens_scheduler: bool = True
@@ -126,6 +127,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_payload_size: Count = 64 * MIB
     response_headers: bool = False
     """Name the picked workers to the client. Off: they are internal addresses."""
+    explain: bool = False
+    """Tell clients (`x-pd-prefill-loads`, `x-pd-decode-loads`) and the log what loads a pick was made by."""
+    tokenizer_path: str | None = None
+    """The model's `tokenizer.json`, or the folder it is in: prompts up to 16 KiB are then counted, not estimated."""
     retry_max_retries: Annotated[int, Meta(ge=0)] = 2
     """Further attempts with another pair, while the client has got nothing."""
     request_timeout_secs: Seconds = 1800

@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from extproc.child_process import tied_to_parent
 from extproc.errors import ConfigError
 
 log = logging.getLogger("extproc.envoy")
@@ -27,15 +27,6 @@ log = logging.getLogger("extproc.envoy")
 ENVOY_BIN = "ENVOY_BIN"
 """Environment variable: path of the Envoy binary to run instead of the one in the extra `[envoy]`."""
 
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)  # it died in between
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""What the child runs before it becomes Envoy. Not a `preexec_fn`: that would fork a process with gRPC's threads."""
 READY_POLL_S = 0.02
 """How often start-up is looked at. Envoy has nothing to wait on, and takes about 100 ms."""
 DRAIN_S = 1
@@ -201,9 +192,7 @@ class EnvoyProcess:
         ]
         if self._concurrency:
             arguments += ["--concurrency", str(self._concurrency)]
-        command = [str(self._binary or find_binary()), *arguments]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        command = tied_to_parent([str(self._binary or find_binary()), *arguments])
         self._process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,

@@ -23,7 +23,10 @@ class LoadModel(Protocol):
         """Load of each worker, in tokens: the sum over its ranks."""
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
-        """How long each worker will take for what it has, in seconds, or in anything in proportion to that."""
+        """How long a request would wait on each worker, in seconds, or in anything in proportion to that.
+
+        It waits on one rank only: the least loaded one, so that counts, not the sum over the ranks.
+        """
 
 
 class Scraped:
@@ -46,8 +49,9 @@ class Scraped:
         return [sum(next(tokens) for _ in state.ranks) for state in states]
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
-        """Tokens per rank: this rule knows no speeds."""
-        return [tokens / len(state.ranks) for tokens, state in zip(self.worker_tokens(states), states, strict=True)]
+        """Tokens on the least loaded rank: this rule knows no speeds."""
+        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
+        return [min(next(tokens) for _ in state.ranks) for state in states]
 
 
 class Live:
@@ -82,15 +86,11 @@ class Live:
         return [sum(next(tokens) for _ in state.ranks) for state in states]
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
-        """Time until each worker has done what it has, in seconds; in tokens per rank while no speed is known."""
-        per_rank = [tokens / len(state.ranks) for tokens, state in zip(self.worker_tokens(states), states, strict=True)]
-        speeds = [[speed for rank in state.ranks if (speed := rank.tokens_per_s)] for state in states]
-        known = [sum(of_worker) / len(of_worker) for of_worker in speeds if of_worker]
+        """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
+        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
+        known = [rank.tokens_per_s for state in states for rank in state.ranks if rank.tokens_per_s]
         usual = sum(known) / len(known) if known else 1.0
-        return [
-            tokens / (sum(of_worker) / len(of_worker) if of_worker else usual)
-            for tokens, of_worker in zip(per_rank, speeds, strict=True)
-        ]
+        return [min(next(tokens) / (rank.tokens_per_s or usual) for rank in state.ranks) for state in states]
 
 
 LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}

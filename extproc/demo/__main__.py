@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         ("decode", "decode engines (default: 2)"),
         ("dp-size", "DP ranks of each engine (default: 2)"),
         ("requests", "how many to send (default: 160)"),
-        ("concurrency", "how many at a time (default: 12)"),
+        ("concurrency", "how many at a time (default: 32)"),
     ):
         parser.add_argument(f"--{name}", type=_positive, metavar="N", help=text)
     parser.add_argument("--seed", type=int, metavar="N", help="another seed makes other requests (default: 1)")

@@ -3,7 +3,6 @@
 Synchronous. Start it from a thread that lives as long as the child should: to Linux the parent is a thread.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,22 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from extproc.child_process import tied_to_parent
+
 POLL_S = 0.03
 """How often start-up and end are looked at. A Python process takes about a second to start."""
 LAST_LINES = 15
-
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)  # it died in between
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""What the child runs first, so that it gets SIGTERM should the parent die without a word (SIGKILL, crash).
-
-Not a `preexec_fn`: the parent may have threads. Linux only; elsewhere a killed parent leaves its children behind."""
-
 
 T = TypeVar("T")
 
@@ -44,11 +32,9 @@ class Child:
         self.name = name
         self.log = log
         command = [sys.executable, "-m", "extproc", *arguments]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
-                command,
+                tied_to_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from extproc.config import Config
 from extproc.demo import report
 from extproc.demo.child import exit_reason
 from extproc.demo.clients import send_all
@@ -29,7 +30,7 @@ class Options:
     decode: int = 2
     dp_size: int = 2
     requests: int = 160
-    concurrency: int = 12
+    concurrency: int = 32
     seed: int = 1
     time_scale: float = 2.0
     """How much faster than the modelled GPU the engines are."""
@@ -119,7 +120,8 @@ def _compare(
         console,
         "Compared: tokens that passed through each rank's KV cache during the run (prefill: prompts; decode: prompts "
         "and output), the largest over the mean: 1 is even. Which worker gets a request is up to the worker policy "
-        "(power_of_two) both times, so totals of workers differ, and rows of all workers show both choices together. "
+        f"({Config().policy}) both times, so totals of workers differ, and rows of all workers show both choices "
+        "together. "
         "Without picked ranks each prompt of a batch has a rank of its own; with them a batch stays together.",
         style="dim",
     )

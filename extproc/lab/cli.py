@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separated by commas: round_robin, scraped, live, clairvoyant, any worker policy, or "
         "WORKER+RANK+LOADS as cache_aware+minimum_tokens+live (default: %(default)s)",
     )
-    service.add_argument("--replicas", type=_count, default=1, help="independent services sharing the traffic")
+    service.add_argument(
+        "--replicas", type=_count, default=1, metavar="N", help="independent services sharing the traffic"
+    )
     service.add_argument(
         "--scrape-interval", type=_interval, default=1.0, metavar="S|off", help="seconds (default: %(default)s), or off"
     )

@@ -45,6 +45,8 @@ class DecodeRank:
         self.prealloc: deque[Flight] = deque()
         self.retracted: deque[Flight] = deque()
         self.transfers = 0
+        self.step_now_s = 0.0
+        """Duration of the segment's first step, with all that step together."""
         self.retractions_total = 0
         self._ends: list[tuple[int, int, Flight]] = []
         self._joined = 0
@@ -99,6 +101,8 @@ class DecodeRank:
             queued_tokens=sum(flight.request.prompt_tokens for flight in (*self.prealloc, *self.retracted)),
             running_requests=len(self.batch),
             waiting_requests=len(self.ready),
+            # The engine divides the tokens of its last steps by their time, which is the same but for the lag.
+            output_tokens_per_s=len(self.batch) / self.step_now_s if self.batch else 0.0,
         )
 
     @property
@@ -269,6 +273,7 @@ class DecodeGroup:
         self._growth_s = self._kv_token_s * len(slowest.batch)
         planned = self._until_overtaken(slowest)
         for rank in self.ranks:
+            rank.step_now_s = self._first_step_s
             end = rank.next_end()
             if end is not None:
                 planned = min(planned, end - self.steps)

@@ -33,6 +33,7 @@ class Figures(NamedTuple):
     waiting_requests: int = 0
     prefill_tokens_total: int = 0
     prefill_busy_s_total: float = 0.0
+    output_tokens_per_s: float = 0.0
 
 
 class Pages:
@@ -63,6 +64,7 @@ def rank_load(page: Page, pages: Pages, dp_rank: int, gpu: GpuModel) -> RankLoad
             running_requests=float(shown.running_requests),
             queued_requests=float(shown.waiting_requests),
             token_usage_ratio=shown.used_tokens / gpu.kv_capacity_tokens,
+            output_tokens_per_s=shown.output_tokens_per_s,
         )
     shown = pages.loads
     return RankLoad(
@@ -74,6 +76,7 @@ def rank_load(page: Page, pages: Pages, dp_rank: int, gpu: GpuModel) -> RankLoad
         running_requests=float(shown.running_requests),
         queued_requests=float(shown.waiting_requests),
         token_usage_ratio=shown.used_tokens / gpu.kv_capacity_tokens,
+        output_tokens_per_s=shown.output_tokens_per_s,
         prefill_uncached_tokens_total=float(shown.prefill_tokens_total),
         prefill_busy_us_total=float(round(shown.prefill_busy_s_total * 1e6)),
         snapshot_s=ENGINE_EPOCH_S + shown.at_s,

@@ -9,7 +9,7 @@ from extproc.errors import ConfigError
 from extproc.lab.cluster import RunResult
 from extproc.lab.outstanding import Outstanding
 
-POINTS = 600
+POINTS = 400
 """Samples of a line over time."""
 WINDOW = (0.4, 0.6)
 """Part of the run that the lines over time show: the middle fifth, far from the empty start and end."""
@@ -43,7 +43,7 @@ def draw(results: dict[str, RunResult], path: Path, title: str) -> None:
     top.set_ylim(bottom=0)
     top.set_xlabel("time, s: prompt tokens outstanding on each prefill rank")
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=90)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot {path}: {error}") from None
 

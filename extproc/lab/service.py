@@ -13,6 +13,7 @@ from typing import Protocol
 
 from extproc.config import Config, WorkerConfig
 from extproc.errors import ConfigError
+from extproc.estimate import BYTES_PER_TOKEN
 from extproc.lab.clock import Clock
 from extproc.lab.request import BLOCK_TOKENS, TraceRequest
 from extproc.lab.settings import Settings
@@ -20,7 +21,7 @@ from extproc.load import LoadTable
 from extproc.load_model import LOAD_MODELS
 from extproc.model import RankLoad, Role
 from extproc.policy import RANK_POLICIES, WORKER_POLICIES
-from extproc.request import BYTES_PER_TOKEN, Endpoint, GenerationRequest
+from extproc.request import Endpoint, GenerationRequest
 from extproc.schedule import Scheduled, Scheduler
 
 CLAIRVOYANT = "clairvoyant"

@@ -1,6 +1,8 @@
 """`minimum_tokens`: the DP rank with the fewest tokens.
 
-Source: `DPRankLoadPolicy` / `--dp-minimum-tokens-scheduler` of SGLang's gateway; ties go to the lowest rank there.
+Source: `DPRankLoadPolicy` / `--dp-minimum-tokens-scheduler` of SGLang's gateway. Ties go to the lowest rank there, and
+here with the `scraped` load model, which is that gateway's rule; else to any, so that several services do not all
+begin with rank 0.
 """
 
 from extproc.load import WorkerState
@@ -12,8 +14,13 @@ class MinimumTokens:
 
     def __init__(self, context: PolicyContext) -> None:
         self._loads = context.loads
+        self._rng = context.rng
+        self._lowest_of_equals = context.config.load_model == "scraped"
 
     def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
-        """The least loaded rank, the lowest of equals."""
+        """The least loaded rank."""
         loads = self._loads.rank_tokens(state.ranks)
-        return loads.index(min(loads))
+        least = min(loads)
+        if self._lowest_of_equals or loads.count(least) == 1:
+            return loads.index(least)
+        return self._rng.choice([dp_rank for dp_rank, load in enumerate(loads) if load == least])

@@ -9,11 +9,12 @@ on the ring.
 
 from collections.abc import Sequence
 
+from extproc.estimate import BYTES_PER_TOKEN
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.policy.fleet import Fleet
 from extproc.policy.ring import Ring, bounded, key_point
-from extproc.request import BYTES_PER_TOKEN, GenerationRequest
+from extproc.request import GenerationRequest
 
 
 class PrefixHash(WorkerPolicy):
