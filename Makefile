@@ -13,7 +13,7 @@ ARGS ?=
 TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench-lab bench-scheduling lock clean
+.PHONY: help venv demo test chaos check bench-lab bench-scheduling lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: venv ## a whole gateway with simulated engines, shown and checked; KEEP=1 
 
 test: venv ## all tests, those with a real Envoy included
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: venv ## break a gateway in every way there is, and print what was measured; takes minutes
+	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 check: venv ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -130,7 +130,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     explain: bool = False
     """Tell clients (`x-pd-prefill-loads`, `x-pd-decode-loads`) and the log what loads a pick was made by."""
     tokenizer_path: str | None = None
-    """The model's `tokenizer.json`, or the folder it is in: prompts up to 16 KiB are then counted, not estimated."""
+    """The model's `tokenizer.json`, or the folder it is in: prompts up to 8 KiB are then counted, not estimated."""
     retry_max_retries: Annotated[int, Meta(ge=0)] = 2
     """Further attempts with another pair, while the client has got nothing."""
     request_timeout_secs: Seconds = 1800

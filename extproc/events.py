@@ -8,6 +8,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from extproc.explain import Explanation
 from extproc.model import Placement
 from extproc.mutation import Headers
 
@@ -65,7 +66,7 @@ class ResponseHeaders:
 
 @dataclass(frozen=True, slots=True)
 class ResponseBody:
-    """The whole body of a response; only where it was asked for."""
+    """The body of a response, or its first 1 MiB; only where it was asked for."""
 
     body: bytes
 
@@ -109,6 +110,7 @@ class Answer:
     """Let Envoy choose the route by the new headers."""
     skip_request_body: bool = False
     want_response_body: bool = False
+    """In answer to response headers: send the body, too, when all of it is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,10 @@ class Finished:
     """From the request's headers to the response's."""
     prefill_s: float | None
     """From dispatch to the end of the prefill leg."""
+    counted_tokens: int | None = None
+    """What the prefill engine counted for `prompt_tokens`, where it was asked."""
+    explanation: Explanation | None = None
+    """The loads that the pick was made by, where that is switched on."""
 
 
 Effect = Send | Wake | Finished

@@ -8,7 +8,7 @@ No I/O. Rules:
 
 Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ─response─> RESPONDING ─end─> OVER
                └──────────> DIRECT ───────────────────response─────┘   (any state: refused → CLOSING ─end─> OVER)
-Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | REJECTED ─end─> OVER
+Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | REJECTED ─end─> OVER
               (any state but EXPECTED and OVER: ended by us → CLOSING ─end─> OVER)
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from extproc.config import Config
 from extproc.errors import BadRequest, EngineFailed, NoWorker, RequestError
+from extproc.estimate import Prompt, TokenEstimator
 from extproc.events import (
     Answer,
     Effect,
@@ -47,12 +48,14 @@ from extproc.mutation import (
     ROOM,
     Headers,
     Mutation,
+    explaining_headers,
     mutate,
     reserved,
     response_headers,
 )
 from extproc.request import ENDPOINTS, ROUTING_KEY, Endpoint, check_length, parse, split_path
 from extproc.schedule import Scheduled, Scheduler
+from extproc.usage import counted_tokens, is_readable
 
 Clock = Callable[[], float]
 
@@ -87,6 +90,8 @@ class PrefillState(enum.Enum):
     EXPECTED = enum.auto()
     SENT = enum.auto()
     ANSWERED = enum.auto()
+    COUNTED = enum.auto()
+    """It answered; the body is awaited, as it says how many tokens the prompt has."""
     REJECTED = enum.auto()
     """It answered 4xx; the body with the reason is awaited."""
     CLOSING = enum.auto()
@@ -101,8 +106,16 @@ class ProtocolViolation(Exception):
 class Gateway:
     """What exchanges share: configuration, scheduler, and the exchanges that are open, by room."""
 
-    def __init__(self, config: Config, table: LoadTable, scheduler: Scheduler, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        table: LoadTable,
+        scheduler: Scheduler,
+        clock: Clock,
+        estimator: TokenEstimator | None = None,
+    ) -> None:
         self.config = config
+        self.estimator = estimator or TokenEstimator()
         self.table = table
         self.scheduler = scheduler
         self.clock = clock
@@ -159,6 +172,10 @@ class Exchange:
         self._direct_worker: str | None = None
         self._batch_size = 0
         self._prompt_tokens = 0.0
+        self._model: str | None = None
+        self._measured: Prompt | None = None
+        """What to learn from prefill's count of the prompt; None: it is not asked."""
+        self._counted_tokens: int | None = None
         self._outcome = Outcome.OK
         self._reason = ""
         self._status = 0
@@ -242,13 +259,21 @@ class Exchange:
         before_s = gateway.clock()
         check_length(len(body), gateway.config.max_payload_size)
         assert self._endpoint is not None  # noqa: S101 - state BODY has one
-        request = parse(self._endpoint, body, models=gateway.models, routing_key=self._routing_key)
+        request = parse(
+            self._endpoint,
+            body,
+            models=gateway.models,
+            routing_key=self._routing_key,
+            estimator=gateway.estimator,
+        )
         self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
         scheduled = gateway.scheduler.place(
             request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()
         )
         self._scheduled = scheduled
         gateway.opened(scheduled.placement.room, self)
+        if request.measured and gateway.estimator.ask(self._endpoint, request.model):
+            self._model, self._measured = request.model, request.measured
         self._mutation = mutate(request, scheduled.placement, body)
         self._dispatched_s = gateway.clock()
         self._decision_s = self._dispatched_s - before_s
@@ -272,6 +297,8 @@ class Exchange:
         if self._scheduled:
             if self._gateway.config.response_headers:
                 headers = response_headers(self._scheduled.placement)
+            if self._scheduled.explanation:
+                headers += explaining_headers(self._scheduled.explanation)
             if event.status >= 400:
                 effects = self._end_prefill("decode_failed")
         if event.status >= 500:
@@ -333,7 +360,9 @@ class Exchange:
             case RequestHeaders(), PrefillState.EXPECTED:
                 return self._send_prefill()
             case ResponseHeaders(), PrefillState.SENT:
-                return self._prefill_answered(event.status)
+                return self._prefill_answered(event)
+            case ResponseBody(), PrefillState.COUNTED:
+                return self._prefill_counted(event.body)
             case ResponseBody(), PrefillState.REJECTED:
                 self.prefill_state = PrefillState.ANSWERED
                 return [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY)), *self._pass_on_rejection(event.body)]
@@ -353,12 +382,28 @@ class Exchange:
         answer = Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=body, pick_route_again=True)
         return [Send(Leg.PREFILL, answer)]
 
-    def _prefill_answered(self, status: int) -> list[Effect]:
-        rejected = 400 <= status < 500
-        self.prefill_state = PrefillState.REJECTED if rejected else PrefillState.ANSWERED
-        go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=rejected))
+    def _prefill_answered(self, event: ResponseHeaders) -> list[Effect]:
+        status = event.status
+        self.prefill_state = PrefillState.ANSWERED
+        if 400 <= status < 500:
+            self.prefill_state = PrefillState.REJECTED
+        elif status == 200 and self._measured and is_readable(event.headers):
+            self.prefill_state = PrefillState.COUNTED
+        wanted = self.prefill_state is not PrefillState.ANSWERED
+        go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=wanted))
         self._status_of_prefill = status
         return [go_on] if status < 500 else [go_on, *self._fail_prefill(f"answered {status}")]
+
+    def _prefill_counted(self, body: bytes) -> list[Effect]:
+        """All of prefill's answer is here: the work is done, and the next prompts are estimated better."""
+        assert self._scheduled is not None  # noqa: S101
+        assert self._measured is not None  # noqa: S101
+        self.prefill_state = PrefillState.ANSWERED
+        self._gateway.table.release(self._scheduled.prefill)  # not later than without the question
+        self._counted_tokens = counted_tokens(body, self._batch_size)
+        if self._counted_tokens and self._endpoint:
+            self._gateway.estimator.learn(self._endpoint, self._model, self._measured, self._counted_tokens)
+        return [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY))]
 
     def _pass_on_rejection(self, body: bytes) -> list[Effect]:
         """Prefill answered 4xx: the client gets the engine's own status and words, and no retry."""
@@ -394,7 +439,7 @@ class Exchange:
 
     def _end_prefill(self, details: str) -> list[Effect]:
         """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
-        if self.prefill_state not in {PrefillState.SENT, PrefillState.ANSWERED, PrefillState.REJECTED}:
+        if self.prefill_state in {PrefillState.EXPECTED, PrefillState.CLOSING, PrefillState.OVER}:
             return []
         self.prefill_state = PrefillState.CLOSING
         return [Send(Leg.PREFILL, Immediate(499, (), b"", details))]
@@ -426,6 +471,8 @@ class Exchange:
             decision_s=self._decision_s,
             response_headers_s=self._response_headers_s,
             prefill_s=self._prefill_s,
+            counted_tokens=self._counted_tokens,
+            explanation=self._scheduled.explanation if self._scheduled else None,
         )
 
 

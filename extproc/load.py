@@ -15,6 +15,12 @@ from extproc.model import RankLoad, Role, Worker
 LEARN = 0.05
 """Weight of the latest of many like figures: about the last 20 count."""
 
+LEARN_SPEED = 0.25
+"""The same for a decode rank's speed, which changes with its batch: the last few scrapes count."""
+
+DEFAULT_OUTPUT_TOKENS = 128
+"""Output of a prompt while nothing is known of it (SGLang's default `max_new_tokens`)."""
+
 FIRST_LIFETIME_S = 1.0
 """A lease's lifetime before there was any, in the order of a short request's."""
 
@@ -49,6 +55,8 @@ class RankState:
     """Measured speed: by the engine's counters where it has them, else by the ledger; None while not known."""
     counted: bool = False
     """The speed is the engine's own."""
+    request_tokens_per_s: float | None = None
+    """Decode: what one request of the batch gets, by the engine's figures; None while not known."""
     work_tokens: float = 0.0
     busy_s: float = 0.0
     """What the ledger has seen done, and in what time, the latest counting most."""
@@ -100,7 +108,14 @@ class Lease:
     rank: RankState
     tokens: float
     charged_at_s: float
-    released: bool = False
+    released_at_s: float | None = None
+    after: "Lease | None" = None
+    """Decode: the prefill leg's lease, whose release is about when the first token is out."""
+    max_output: float = math.inf
+
+    @property
+    def released(self) -> bool:
+        return self.released_at_s is not None
 
 
 class LoadTable:
@@ -111,6 +126,8 @@ class LoadTable:
         self.clock = clock
         self._states = {worker.name: _new_state(worker) for worker in workers}
         self._eligible: dict[Role, list[WorkerState]] = {role: [] for role in Role}
+        self.output_tokens: float | None = None
+        """Mean output of a prompt, learned; None while nothing is."""
 
     def __repr__(self) -> str:
         """One line a rank; what a person wants to see in a failing test."""
@@ -186,7 +203,11 @@ class LoadTable:
 
     @staticmethod
     def _measure(rank: RankState, load: RankLoad) -> None:
-        """The rank's prefill speed, by the engine's own counters since the last scrape."""
+        """The rank's speeds: of a decode request by the engine's own word, of prefill by its counters since then."""
+        if load.output_tokens_per_s and load.running_requests:
+            speed = load.output_tokens_per_s / load.running_requests
+            known = rank.request_tokens_per_s
+            rank.request_tokens_per_s = speed if known is None else known + LEARN_SPEED * (speed - known)
         before = rank.scraped
         if before is None or load.prefill_busy_us_total is None or load.prefill_uncached_tokens_total is None:
             return
@@ -198,11 +219,23 @@ class LoadTable:
             rank.tokens_per_s = speed if known is None or not rank.counted else known + LEARN * (speed - known)
             rank.counted = True
 
-    def charge(self, state: WorkerState, dp_rank: int, prompt_tokens: float, output_tokens: float = 0.0) -> Lease:
-        """Charge a request to a rank, in the same step as the pick."""
+    def charge(
+        self,
+        state: WorkerState,
+        dp_rank: int,
+        prompt_tokens: float,
+        output_tokens: float = 0.0,
+        *,
+        after: Lease | None = None,
+        max_output: float = math.inf,
+    ) -> Lease:
+        """Charge a request to a rank, in the same step as the pick.
+
+        `after`: the lease of the leg that this one begins with the end of; its output is then learned from.
+        """
         now_s = self.clock()
         rank = state.ranks[dp_rank]
-        lease = Lease(state, rank, prompt_tokens + output_tokens, now_s)
+        lease = Lease(state, rank, prompt_tokens + output_tokens, now_s, after=after, max_output=max_output)
         if not rank.leases:
             rank.serving_since_s = now_s
         rank.leases[lease] = None
@@ -217,9 +250,10 @@ class LoadTable:
         """Give a lease back; a second time does nothing."""
         if lease.released:
             return
-        lease.released = True
-        now_s = self.clock()
+        lease.released_at_s = now_s = self.clock()
         rank = lease.rank
+        if lease.after is not None:
+            self._learn_output(lease, lease.after.released_at_s)
         rank.lifetime_s += LEARN * (now_s - lease.charged_at_s - rank.lifetime_s)
         if next(iter(rank.leases)) is lease:
             rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
@@ -233,6 +267,22 @@ class LoadTable:
         rank.outstanding_tokens = max(0.0, rank.outstanding_tokens - lease.tokens) if rank.leases else 0.0
         rank.changes.append((now_s, -lease.tokens))
         lease.state.in_flight -= 1
+
+    def expected_output(self, max_output_tokens: float, prompts: int) -> float:
+        """What a request is likely to generate, all its prompts together, when it may generate so much at most."""
+        mean = DEFAULT_OUTPUT_TOKENS if self.output_tokens is None else self.output_tokens
+        return min(max_output_tokens, mean * prompts)
+
+    def _learn_output(self, lease: Lease, began_s: float | None) -> None:
+        """A decode leg has ended: time since its first token x speed of a request on that rank = its output."""
+        speed, ended_s = lease.rank.request_tokens_per_s, lease.released_at_s
+        lease.after = None
+        if began_s is None or ended_s is None or not speed:
+            return
+        tokens = min(speed * (ended_s - began_s), lease.max_output)
+        if tokens >= 1:  # less was not an output but a failure
+            known = self.output_tokens
+            self.output_tokens = tokens if known is None else known + LEARN * (tokens - known)
 
 
 def _new_state(worker: Worker) -> WorkerState:

@@ -32,6 +32,7 @@ METRICS_FIELDS = {
     b"sglang:num_running_reqs": "running_requests",
     b"sglang:num_queue_reqs": "queued_requests",
     b"sglang:token_usage": "token_usage_ratio",
+    b"sglang:gen_throughput": "output_tokens_per_s",
     b"sglang:max_total_num_tokens": "max_total_tokens",
 }
 """Metric of `/metrics` -> field of `RankLoad`."""
@@ -44,6 +45,7 @@ LOADS_FIELDS = {
     b"sglang_num_running_reqs": "running_requests",
     b"sglang_num_waiting_reqs": "queued_requests",
     b"sglang_token_usage": "token_usage_ratio",
+    b"sglang_gen_throughput": "output_tokens_per_s",
     b"sglang_total_prefill_uncached_tokens": "prefill_uncached_tokens_total",
     b"sglang_total_prefill_busy_us": "prefill_busy_us_total",
     b"sglang_timestamp": "snapshot_s",

@@ -62,6 +62,8 @@ class RankLoad:
     running_requests: float | None = None
     queued_requests: float | None = None
     token_usage_ratio: float | None = None
+    output_tokens_per_s: float | None = None
+    """Decode only: output of all its requests together, over the engine's last few decode steps."""
     prefill_uncached_tokens_total: float | None = None
     """Counter; its delta over that of `prefill_busy_us_total` is the rank's measured prefill speed."""
     prefill_busy_us_total: float | None = None

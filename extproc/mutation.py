@@ -5,11 +5,13 @@ over a client's own: JSON decoders (Python's, orjson, pydantic's) keep the last 
 Field names: SGLang 0.5.23, `GenerateReqInput` and the OpenAI request classes.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
+from extproc.explain import Explanation
 from extproc.model import Pick, Placement
 from extproc.request import GenerationRequest
 
@@ -25,6 +27,10 @@ DECODE_RANK = "x-pd-decode-rank"
 PREFILL = "x-pd-prefill"
 DECODE = "x-pd-decode"
 """Response headers, where switched on: `host:port;dp_rank=N` of the picked workers."""
+
+PREFILL_LOADS = "x-pd-prefill-loads"
+DECODE_LOADS = "x-pd-decode-loads"
+"""Response headers, where switched on: the loads that the pick was made by (`explain.describe`)."""
 
 RETRY = "x-pd-retry"
 """Response header: this attempt failed before the client got anything. Envoy retries on it, and removes it."""
@@ -92,6 +98,11 @@ def response_headers(placement: Placement) -> Headers:
     )
 
 
+def explaining_headers(explanation: Explanation) -> Headers:
+    """Why the placement is what it is, as response headers, for the client."""
+    return ((PREFILL_LOADS, explanation.prefill), (DECODE_LOADS, explanation.decode))
+
+
 def reserved(names: Iterable[str]) -> tuple[str, ...]:
     """Those of a request's header names (lower case, as Envoy gives them) that a client may not set."""
     return tuple(name for name in names if name.startswith(RESERVED_PREFIXES) or name in RESERVED_NAMES)
@@ -101,7 +112,7 @@ def splice(body: bytes, fields: dict[str, object]) -> bytes:
     """A JSON object with `fields` added at its end; every byte of `body` is kept. `body` must be a valid object."""
     end = body.rindex(b"}")
     separator = b"" if _EMPTY_OBJECT.match(body) else b","
-    added = json.dumps(fields, separators=(",", ":"))[1:-1].encode()
+    added = msgspec.json.encode(fields)[1:-1]
     whole = memoryview(body)
     return b"".join((whole[:end], separator, added, whole[end:]))
 

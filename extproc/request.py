@@ -7,13 +7,14 @@ stay raw bytes: a 20 MB prompt is scanned once and never turned into Python obje
 import enum
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import Raw
 
 from extproc.errors import BadRequest, BodyTooLarge, UnknownModel
+from extproc.estimate import Prompt, TokenEstimator
 
 
 class Endpoint(enum.StrEnum):
@@ -39,11 +40,12 @@ ROUTING_FIELDS = (
 ROUTING_KEY = "x-smg-routing-key"
 """Header with a client's routing key, as SGLang's gateway names it. It cannot name a worker, only keep one."""
 
-BYTES_PER_TOKEN = 4.0
-"""Rough size of a token of English text under a byte-pair vocabulary (OpenAI's rule of thumb: ~4 characters).
+MESSAGE_TOKENS = 4
+"""What a chat template puts around each message, where a tokenizer counts the text itself: `<|im_start|>`, role, end
+(OpenAI's cookbook, "How to count tokens": 3 a message and 1 for the role)."""
 
-A rank's load is compared only with the estimate of other requests, so a common factor cancels out.
-"""
+MAX_DATA_URL_START = 256
+"""Where `;base64,` must stand in a `data:` URL: behind the media type, which has some 10 to 40 characters."""
 
 DEFAULT_OUTPUT_TOKENS = 128
 """What a request is expected to generate when it sets no limit (SGLang's default `max_new_tokens`)."""
@@ -77,6 +79,7 @@ class _Body(msgspec.Struct):
     text: Raw = Raw()
     input_ids: Raw = Raw()
     messages: Raw = Raw()
+    tools: Raw = Raw()
     bootstrap_host: Raw = Raw()
     bootstrap_port: Raw = Raw()
     bootstrap_room: Raw = Raw()
@@ -85,10 +88,20 @@ class _Body(msgspec.Struct):
     data_parallel_rank: Raw = Raw()
 
 
+class _Part(msgspec.Struct):
+    text: str = ""
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_Part] | None = None
+
+
 _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_sampling = msgspec.json.Decoder(_SamplingParams | list[_SamplingParams] | None).decode
 _decode_strings = msgspec.json.Decoder(list[str]).decode
 _decode_raws = msgspec.json.Decoder(list[Raw]).decode
+_decode_texts = msgspec.json.Decoder(str | list[str]).decode
+_decode_messages = msgspec.json.Decoder(list[_Message]).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +113,7 @@ class GenerationRequest:
     batch_size: int
     """Prompts in it, at least 1; the engine uses one bootstrap room for each."""
     prompt_tokens: float
-    """Estimated, all prompts together; exact for `input_ids`."""
+    """All prompts together: counted for `input_ids`, else estimated."""
     max_output_tokens: float
     """What it may generate at most, all prompts together, or the default where it sets no limit."""
     client_fields: tuple[str, ...] = ()
@@ -108,6 +121,8 @@ class GenerationRequest:
     prompt: memoryview = field(default=memoryview(b""), compare=False, repr=False)
     """The prompt or messages as they stand in the body: JSON, undecoded. Equal prompts have equal bytes."""
     routing_key: str = ""
+    measured: Prompt | None = None
+    """What the estimate was made from; None where the tokens are `input_ids`, and there is nothing to learn."""
     """What the client wants requests of a kind to stick by (header ROUTING_KEY); empty: nothing."""
 
 
@@ -122,7 +137,17 @@ def check_length(length: int, limit: int) -> None:
         raise BodyTooLarge(f"the request body has {length} bytes, more than the limit of {limit}: send a smaller one")
 
 
-def parse(endpoint: Endpoint, body: bytes, *, models: Sequence[str] = (), routing_key: str = "") -> GenerationRequest:
+_NOTHING_LEARNED = TokenEstimator()
+
+
+def parse(
+    endpoint: Endpoint,
+    body: bytes,
+    *,
+    models: Sequence[str] = (),
+    routing_key: str = "",
+    estimator: TokenEstimator = _NOTHING_LEARNED,
+) -> GenerationRequest:
     """Parse a body. `models`: the served names that a request must choose from; empty: any name goes.
 
     Raises BadRequest or UnknownModel with a message that says which field is wrong and what was expected.
@@ -153,18 +178,24 @@ def parse(endpoint: Endpoint, body: bytes, *, models: Sequence[str] = (), routin
         )
     if models:
         _check_model(endpoint, fields.model, models)
-    batch_size, prompt_tokens = _measure(endpoint, fields)
+    prompt = _prompt(endpoint, fields)
+    tokens, measured = _measure(endpoint, fields, prompt)
+    if tokens is None and estimator.count and measured.text_bytes <= estimator.max_count_bytes and not measured.media:
+        tokens = _count(fields, prompt, estimator.count)
+    if tokens is None:
+        tokens = estimator.tokens(endpoint, fields.model, measured)
     limits = [fields.max_completion_tokens, fields.max_tokens, *(params.max_new_tokens for params in per_prompt)]
     output_tokens = next((number for raw in limits if (number := _number(raw)) is not None), DEFAULT_OUTPUT_TOKENS)
     return GenerationRequest(
         endpoint=endpoint,
         model=fields.model,
-        batch_size=batch_size,
-        prompt_tokens=prompt_tokens,
-        max_output_tokens=output_tokens * batch_size,
+        batch_size=measured.prompts,
+        prompt_tokens=tokens,
+        max_output_tokens=output_tokens * measured.prompts,
         client_fields=tuple(name for name in ROUTING_FIELDS if getattr(fields, name)),
-        prompt=memoryview(_prompt(endpoint, fields)),
+        prompt=memoryview(prompt),
         routing_key=routing_key,
+        measured=measured if measured.text_bytes else None,
     )
 
 
@@ -207,33 +238,65 @@ def _prompt(endpoint: Endpoint, fields: _Body) -> Raw:
     return fields.input_ids if fields.input_ids and bytes(fields.input_ids) != b"null" else fields.text
 
 
-def _measure(endpoint: Endpoint, fields: _Body) -> tuple[int, float]:
-    """Number of prompts, and their tokens in all."""
-    prompt = _prompt(endpoint, fields)
+def _measure(endpoint: Endpoint, fields: _Body, prompt: Raw) -> tuple[float | None, Prompt]:
+    """The tokens, where the client sent tokens, and what the prompts measure."""
     if endpoint is Endpoint.CHAT:
-        return 1, max(1.0, len(bytes(prompt)) / BYTES_PER_TOKEN)
+        text_bytes = memoryview(prompt).nbytes + memoryview(fields.tools).nbytes
+        media, media_bytes = _media(bytes(prompt))
+        return None, Prompt(text_bytes - media_bytes, media)
     name = "prompt" if endpoint is Endpoint.COMPLETIONS else "input_ids" if prompt is fields.input_ids else "text"
     return _measure_prompt(name, prompt)
 
 
-def _measure_prompt(name: str, raw: Raw) -> tuple[int, float]:
+def _media(messages: bytes) -> tuple[int, int]:
+    """Images, videos and sounds in a chat, and the bytes of those that stand in it themselves, as `data:` URLs."""
+    if messages.find(b"[", 1) < 0:  # nearly all; media stand in a list of parts. A twentieth of the next line's cost
+        return 0, 0
+    mentions = messages.count(b'_url"')  # a quote within a text is escaped: these are `"type": "image_url"` and the key
+    if not mentions:
+        return 0, 0
+    embedded, end = 0, 0
+    while (start := messages.find(b'"data:', end)) >= 0:
+        end = messages.find(b'"', start + 1)
+        if messages.find(b";base64,", start, min(end, start + MAX_DATA_URL_START)) >= 0:
+            embedded += end - start
+    return (mentions + 1) // 2, embedded
+
+
+def _measure_prompt(name: str, raw: Raw) -> tuple[float | None, Prompt]:
     """One prompt (a string, or token ids), or a list of either. An absent one counts as one: the engine will object."""
     value = bytes(raw)
     if not value.startswith(b"["):
-        return 1, max(1.0, (len(value) - 2) / BYTES_PER_TOKEN)
+        return None, Prompt(max(0, len(value) - 2))
     first = value[1:].lstrip(b" \t\r\n")[:1]
     if first == b"]":
         raise BadRequest(f"the field {name!r} is an empty list: expected at least one prompt", param=name)
     try:
         if first == b'"':
             prompts = _decode_strings(value)
-            return len(prompts), sum(max(1.0, len(prompt.encode()) / BYTES_PER_TOKEN) for prompt in prompts)
+            return None, Prompt(sum(len(prompt.encode()) for prompt in prompts), prompts=len(prompts))
         if first == b"[":
             lists = [bytes(ids) for ids in _decode_raws(value)]
-            return len(lists), float(sum(map(_count_ids, lists)))
+            return float(sum(map(_count_ids, lists))), Prompt(0, prompts=len(lists))
     except msgspec.ValidationError as error:
         raise BadRequest(f"the field {name!r} does not have the right shape: {error}", param=name) from None
-    return 1, float(_count_ids(value))
+    return float(_count_ids(value)), Prompt(0)
+
+
+def _count(fields: _Body, prompt: Raw, count: Callable[[str], int]) -> float | None:
+    """Tokens by the model's tokenizer; None where the prompt has no text, or a shape that the engine will refuse."""
+    try:
+        if prompt is not fields.messages:
+            texts = _decode_texts(prompt)
+            return float(sum(map(count, [texts] if isinstance(texts, str) else texts)))
+        tokens = count(bytes(fields.tools).decode()) if bytes(fields.tools) else 0
+        for message in _decode_messages(prompt):
+            parts = message.content or ""
+            text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+            tokens += MESSAGE_TOKENS + count(text)
+    except msgspec.DecodeError:
+        return None
+    return float(tokens)
 
 
 def _count_ids(value: bytes) -> int:

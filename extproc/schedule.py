@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from extproc.config import Config
 from extproc.errors import NoWorker
+from extproc.explain import Explanation, Recorder, describe
 from extproc.load import Lease, LoadTable, WorkerState
 from extproc.load_model import make_load_model
 from extproc.model import Pick, Placement, Role
@@ -24,6 +25,8 @@ class Scheduled:
     placement: Placement
     prefill: Lease
     decode: Lease
+    explanation: Explanation | None = None
+    """Where that is switched on."""
 
 
 class Scheduler:
@@ -31,7 +34,10 @@ class Scheduler:
 
     def __init__(self, config: Config, table: LoadTable, rng: random.Random) -> None:
         """Raises ConfigError when the configuration names an unknown policy or load model."""
-        context = PolicyContext(config, make_load_model(config.load_model, table.clock), rng, table.clock)
+        self.loads = make_load_model(config.load_model, table.clock)
+        """What the policies compare by."""
+        self._recorder = Recorder(self.loads) if config.explain else None
+        context = PolicyContext(config, self._recorder or self.loads, rng, table.clock)
         self._table = table
         self._rooms = Rooms(rng)
         self._workers = {role: make_worker_policy(config.worker_policy(role), context) for role in Role}
@@ -42,16 +48,30 @@ class Scheduler:
 
         Raises NoWorker when a role has no healthy worker; then nothing is charged.
         """
+        recorder = self._recorder
         prefill, prefill_rank = self._pick(Role.PREFILL, request, avoid)
+        compared = recorder.take() if recorder else ()
         decode, decode_rank = self._pick(Role.DECODE, request, avoid)
         if prefill_rank is None:
             room = self._rooms.draw(request.batch_size)
         else:  # so that an engine that goes by the room agrees with the pick
             room = self._rooms.draw(request.batch_size, modulus=prefill.worker.rank_count, residue=prefill_rank)
+        # Where the engine decides, it goes by the room, modulo its ranks.
+        prefill_charged = room % len(prefill.ranks) if prefill_rank is None else prefill_rank
+        decode_charged = room % len(decode.ranks) if decode_rank is None else decode_rank
+        explanation = None
+        if recorder:
+            now_s = self._table.clock()
+            explanation = Explanation(
+                describe(self.loads, (prefill, prefill_charged), compared, now_s),
+                describe(self.loads, (decode, decode_charged), recorder.take(), now_s),
+            )
+        prefill_lease = self._charge(prefill, prefill_charged, request)
         return Scheduled(
             Placement(Pick(prefill.worker, prefill_rank), Pick(decode.worker, decode_rank), room),
-            prefill=self._charge(prefill, prefill_rank, room, request),
-            decode=self._charge(decode, decode_rank, room, request),
+            prefill_lease,
+            self._charge(decode, decode_charged, request, prefill_lease),
+            explanation,
         )
 
     def pick_direct(self) -> WorkerState:
@@ -81,10 +101,15 @@ class Scheduler:
             dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens)
         return state, dp_rank
 
-    def _charge(self, state: WorkerState, dp_rank: int | None, room: int, request: GenerationRequest) -> Lease:
-        """Charge a leg to its rank; where the engine decides, that is the room modulo its ranks."""
-        charged = room % len(state.ranks) if dp_rank is None else dp_rank
-        role = state.worker.role
-        self._workers[role].placed(request, state, charged)
-        output_tokens = request.max_output_tokens if role is Role.DECODE else 0.0
-        return self._table.charge(state, charged, request.prompt_tokens, output_tokens)
+    def _charge(
+        self, state: WorkerState, dp_rank: int, request: GenerationRequest, prefill: Lease | None = None
+    ) -> Lease:
+        """Charge a leg to its rank. `prefill`: the other leg's lease; with it, this is the decode leg."""
+        self._workers[state.worker.role].placed(request, state, dp_rank)
+        if prefill is None:
+            return self._table.charge(state, dp_rank, request.prompt_tokens)
+        limit, prompts = request.max_output_tokens, request.batch_size
+        output_tokens = self._table.expected_output(limit, prompts)
+        # Of a batch only its longest output would show, so nothing is learned from it.
+        after = prefill if prompts == 1 else None
+        return self._table.charge(state, dp_rank, request.prompt_tokens, output_tokens, after=after, max_output=limit)

@@ -17,6 +17,7 @@ from extproc.config import Config
 from extproc.discovery.fetch import make_client
 from extproc.discovery.health import HealthMonitor
 from extproc.errors import ConfigError
+from extproc.estimate import TokenEstimator
 from extproc.exchange import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
@@ -24,7 +25,9 @@ from extproc.schedule import Scheduler
 from extproc.scraper import Scraper, scrape_targets
 from extproc.service import ExternalProcessor, make_server
 from extproc.status import StatusServer
+from extproc.table_view import describe_table
 from extproc.telemetry import Telemetry
+from extproc.tokenizer import load_tokenizer
 
 LIVENESS, READINESS = "liveness", "readiness"
 """gRPC health services, besides the processor's own name and the empty one (endpoint-picker protocol 004)."""
@@ -59,7 +62,9 @@ class Service:
         """`grpc_target`: listen there instead of `grpc_host:grpc_port`. Raises ConfigError."""
         self.config = config
         self.table = LoadTable(config.workers(), clock)
-        self.gateway = Gateway(config, self.table, Scheduler(config, self.table, rng or random.Random()), clock)
+        self.scheduler = Scheduler(config, self.table, rng or random.Random())
+        count = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
+        self.gateway = Gateway(config, self.table, self.scheduler, clock, TokenEstimator(count))
         self.telemetry = Telemetry(self.table, clock, lambda: self.gateway.open_rooms)
         self.processor = ExternalProcessor(self.gateway, self.telemetry.finished)
         self._clock = clock
@@ -77,7 +82,11 @@ class Service:
         """Serve while the context is open; a background task that dies ends it. Raises ConfigError."""
         config = self.config
         status = StatusServer(
-            config.prometheus_host, config.prometheus_port, self.telemetry.registry, lambda: self.ready
+            config.prometheus_host,
+            config.prometheus_port,
+            self.telemetry.registry,
+            lambda: self.ready,
+            lambda: describe_table(config, self.table, self.scheduler.loads, self.gateway.estimator),
         )
         client = make_client(keepalive_s=2 * max(config.worker_load_check_interval, config.health_check_interval_secs))
         scraper = Scraper(

@@ -1,10 +1,11 @@
-"""The service's own HTTP port: its metrics, and whether it lives and is ready.
+"""The service's own HTTP port: its metrics, the load table, and whether it lives and is ready.
 
 Shell. Not on the data path; Envoy never asks here.
 """
 
 from collections.abc import Callable
 
+import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -13,15 +14,25 @@ from extproc.errors import ConfigError
 
 
 class StatusServer:
-    """Serves `/metrics`, `/health` (it lives) and `/ready` (a pair of workers is healthy)."""
+    """Serves `/metrics`, `/debug/loads`, `/health` (it lives) and `/ready` (a pair of workers is healthy)."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        ready: Callable[[], bool],
+        loads: Callable[[], object],
+    ) -> None:
+        """`loads`: what `/debug/loads` shows, as JSON."""
         self._host = host
         self._port = port
         self._registry = registry
         self._ready = ready
+        self._loads = loads
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/debug/loads", self._debug_loads)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._readiness)
         self._runner = web.AppRunner(app, access_log=None)
@@ -44,6 +55,9 @@ class StatusServer:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _debug_loads(self, _: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self._loads()), content_type="application/json")
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")

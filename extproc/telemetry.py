@@ -23,6 +23,10 @@ LEG_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Time to first token of production LLMs lies between tens of milliseconds and a minute."""
 
 
+ESTIMATE_BUCKETS_RATIO = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 4)
+"""From four times too short to four times too long; below 0 a histogram could have no sum, hence ratio, not error."""
+
+
 class Telemetry:
     """Counts and logs finished attempts and scrapes."""
 
@@ -38,6 +42,13 @@ class Telemetry:
             "extproc_decision_seconds",
             "From a request's body to its placement and new bodies.",
             buckets=DECISION_BUCKETS_S,
+            registry=registry,
+        )
+        self._estimate = Histogram(
+            "extproc_prompt_estimate_ratio",
+            "Prompt tokens as estimated, over those that the engine counted; 1 is right. A sample of all prompts.",
+            ["endpoint"],
+            buckets=ESTIMATE_BUCKETS_RATIO,
             registry=registry,
         )
         self._response_headers = Histogram(
@@ -71,6 +82,8 @@ class Telemetry:
         self._attempts.labels(record.endpoint, record.outcome, record.status).inc()
         if record.decision_s is not None:
             self._decision.observe(record.decision_s)
+        if record.counted_tokens:
+            self._estimate.labels(record.endpoint).observe(record.prompt_tokens / record.counted_tokens)
         if record.response_headers_s is not None and record.outcome is Outcome.OK:
             self._response_headers.labels(record.endpoint).observe(record.response_headers_s)
         if record.prefill_s is not None and record.placement:
@@ -104,8 +117,13 @@ def log_line(record: Finished) -> str:
         }
     elif record.direct_worker:
         pairs["decode"] = record.direct_worker
+    if record.counted_tokens:
+        pairs["counted"] = record.counted_tokens
     times = {"response_headers": record.response_headers_s, "prefill": record.prefill_s, "duration": record.duration_s}
     pairs |= {f"{name}_ms": f"{seconds * 1e3:.1f}" for name, seconds in times.items() if seconds is not None}
+    if record.explanation:
+        pairs["prefill_loads"] = f'"{record.explanation.prefill}"'
+        pairs["decode_loads"] = f'"{record.explanation.decode}"'
     if record.reason:
         pairs["reason"] = f'"{record.reason}"'
     return " ".join(f"{name}={value}" for name, value in pairs.items())

@@ -64,6 +64,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(routing, "max_payload_size", int, metavar="BYTES", text="largest request body; above it: 413")
     add(routing, "retry_max_retries", int, text="further attempts with another pair")
     add(routing, "request_timeout_secs", float, text="longest time for one request, stream included")
+    add(
+        routing,
+        "tokenizer_path",
+        metavar="PATH",
+        text="count prompts with the model's tokenizer.json, a file or the folder it is in (extra [tokenizer])",
+    )
+    add(routing, "explain", bool, text="tell clients and the log by what loads ranks were picked (x-pd-*-loads)")
     add(routing, "response_headers", bool, text="tell clients the picked workers in x-pd-* response headers")
 
     options = parser.add_argument_group("options of policies")

@@ -10,6 +10,8 @@ import uvloop
 
 from extproc.sim.config import EngineConfig
 from extproc.sim.engine import Engine
+from extproc.sim.faults import HELP as FAULT_HELP
+from extproc.sim.faults import BadFault, parse_fault
 from extproc.sim.gpu import GpuModel
 from extproc.sim.job import Role
 
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context-length", type=_positive, default=default.context_tokens, help="longest prompt")
     parser.add_argument("--header-overrides", action="store_true", help="read x-override-* headers")
+    parser.add_argument("--fault", type=_fault, action="append", default=[], metavar="SPEC", help=FAULT_HELP)
+    parser.add_argument("--fault-seed", type=int, default=0, metavar="N", help="of the chance in p (default: 0)")
     gpu = GpuModel()
     for name, text in GPU_HELP.items():
         value = getattr(gpu, name)
@@ -81,6 +85,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         bootstrap_timeout_s=args.bootstrap_timeout,
         waiting_timeout_s=args.waiting_timeout,
         header_overrides=args.header_overrides,
+        faults=tuple(args.fault),
+        fault_seed=args.fault_seed,
     )
 
 
@@ -113,6 +119,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _fault(text: str) -> str:
+    try:
+        parse_fault(text)
+    except BadFault as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _fast(text: str) -> float:

@@ -38,6 +38,9 @@ class EngineConfig:
     """`SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES`: read `x-override-*` headers on /generate and chat."""
     stream_interval: int = 1
     """Tokens in one streamed chunk, at least (`--stream-interval`)."""
+    faults: tuple[str, ...] = ()
+    """What goes wrong on purpose; `faults` has the syntax."""
+    fault_seed: int = 0
     keepalive_s: float = 75.0
     """Real seconds before an idle client connection is closed. The real engine takes 5 (`SGLANG_TIMEOUT_KEEP_ALIVE`),
     at the price that a request can meet the close."""

@@ -9,6 +9,8 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from extproc.sim.config import EngineConfig
 from extproc.sim.decode_side import DecodeSide
+from extproc.sim.fault_effects import FaultEffects
+from extproc.sim.faults import FaultPlan, parse_fault
 from extproc.sim.generation import Generation, Intake, let_through
 from extproc.sim.job import Job, Role
 from extproc.sim.model import EngineModel
@@ -33,6 +35,8 @@ class Engine:
     def __init__(self, config: EngineConfig, intake: Intake = let_through) -> None:
         self.config = config
         self.records = Records(config.keep_records, config.keep_body_bytes)
+        self.faults = FaultPlan(map(parse_fault, config.faults), config.fault_seed)
+        """What goes wrong on purpose; may be changed at any time."""
         self._intake = intake
         self._runners: list[web.AppRunner] = []
         self._decode_side: DecodeSide | None = None
@@ -102,9 +106,10 @@ class Engine:
             side.rank_host, side.rank_port = config.host, self.bootstrap_port
         elif config.role is Role.DECODE:
             self._decode_side = DecodeSide(runner, config)
-        generation = Generation(config, runner, self.records, self._decode_side)
+        effects = FaultEffects(self.faults)
+        generation = Generation(config, runner, self.records, self._decode_side, effects)
         generation.intake = self._intake
-        server = self._server = Server(config, runner, self.records, generation)
+        server = self._server = Server(config, runner, self.records, generation, effects)
         self.port = server.port = await self._listen(server.application(), config.port)
         server.bootstrap_port = self.bootstrap_port or config.bootstrap_port
 

@@ -13,6 +13,8 @@ from extproc.sim.api_answer import Choice
 from extproc.sim.api_request import Api, ApiError, ApiRequest, Prompt
 from extproc.sim.config import EngineConfig
 from extproc.sim.decode_side import DecodeSide
+from extproc.sim.fault_effects import FaultEffects
+from extproc.sim.faults import Phase
 from extproc.sim.job import Job, Rejected, Role
 from extproc.sim.records import Record, Records
 from extproc.sim.runner import Pending, Runner
@@ -31,25 +33,47 @@ async def let_through(_request: web.Request, _record: Record) -> web.StreamRespo
 class Generation:
     """Answers the three generation paths. `intake` is the one place where a request meets the engine."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, records: Records, decode_side: DecodeSide | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        records: Records,
+        decode_side: DecodeSide | None,
+        faults: FaultEffects,
+    ) -> None:
         self._config = config
         self._runner = runner
         self._records = records
         self._decode_side = decode_side
+        self._faults = faults
         self.intake: Intake = let_through
+        self.open_requests = 0
+        """HTTP requests that have no complete answer, those that a fault holds included."""
 
     async def answer(self, http: web.Request) -> web.StreamResponse:
         """Handle one request; what happens to it is written into its record."""
+        self.open_requests += 1
+        try:
+            return await self._recorded(http)
+        finally:
+            self.open_requests -= 1
+
+    async def _recorded(self, http: web.Request) -> web.StreamResponse:
         api = Api(http.path)
-        body = await http.read()
+        fault = self._faults.plan.strike(Phase.UPLOAD)
+        body = b"" if fault else await http.read()
         headers = {name.lower(): value for name, value in http.headers.items()}
         record = self._records.open(self._runner.now_s(), time.time(), http.path, headers, body)
         try:
+            if fault is not None:
+                await self._faults.show(fault, http, record)
             replaced = await self.intake(http, record)
             if replaced is not None:
                 record.outcome = "replaced"
                 return replaced
-            return await self._answer(api, http, headers, body, record)
+            await self._faults.reach(Phase.ARRIVAL, http, record)
+            async with self._faults.while_working(http, record):
+                return await self._answer(api, http, headers, body, record)
         except ApiError as error:
             if record.outcome == "open":
                 record.outcome = "rejected" if error.status < 500 else "failed"
@@ -57,9 +81,10 @@ class Generation:
             return _json(error.body(), error.status)
         except (asyncio.CancelledError, ConnectionError):
             record.outcome, record.error = "aborted", record.error or CLIENT_GONE
+            record.aborted_unix = time.time()
             raise
         finally:
-            record.finished_s = self._runner.now_s()
+            record.finished_s, record.ended_unix = self._runner.now_s(), time.time()
 
     async def _answer(
         self, api: Api, http: web.Request, headers: dict[str, str], body: bytes, record: Record
@@ -85,7 +110,8 @@ class Generation:
             return await _stream_error(http, error)
         try:
             if request.stream:
-                return await exchange.stream(http, self._config.stream_interval)
+                wrote = self._faults.in_stream(http, record)
+                return await exchange.stream(http, self._config.stream_interval, wrote)
             return await exchange.whole()
         finally:
             exchange.close()
@@ -175,8 +201,10 @@ class Exchange:
                     raise api_request.bad_request(self._request.api, pending.error)
                 raise ApiError(pending.status, pending.error, str(pending.status))
 
-    async def stream(self, http: web.Request, interval: int) -> web.StreamResponse:
-        """Answer token by token.
+    async def stream(
+        self, http: web.Request, interval: int, wrote: Callable[[int], Awaitable[None]]
+    ) -> web.StreamResponse:
+        """Answer token by token; `wrote` is told how many chunks are out.
 
         `/generate` sends its headers at once; the OpenAI paths first wait for the first chunk, be it an error
         (`_handle_streaming_request` of `serving_chat.py` and `serving_completions.py`).
@@ -185,6 +213,7 @@ class Exchange:
         if self._request.api is Api.GENERATE:
             await response.prepare(http)
         self._record.status = 200
+        chunks = 0
         sent = [0] * len(self._pendings)
         open_choices = set(range(len(self._pendings)))
         while open_choices:
@@ -199,6 +228,8 @@ class Exchange:
                 if not response.prepared:
                     await response.prepare(http)
                 await response.write(b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events))
+                chunks += 1
+                await wrote(chunks)
         self._record.outcome = self._outcome()
         last = b"data: [DONE]\n\n"
         if self._request.include_usage:

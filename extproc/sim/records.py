@@ -13,7 +13,7 @@ HEADERS_KEPT = ("host", "content-type", "content-length", "user-agent", "x-reque
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One generation request. Times are virtual seconds on the engine's clock, except `arrived_unix`."""
+    """One generation request. Times are virtual seconds on the engine's clock; `*_unix` are real ones since 1970."""
 
     number: int
     arrived_s: float
@@ -46,6 +46,12 @@ class Record:
     outcome: str = "open"
     """open, finished, failed (engine error), aborted (client gone or /abort_request), rejected (bad request)."""
     error: str = ""
+    fault: str | None = None
+    """The fault that it met, as specified."""
+    fault_unix: float | None = None
+    aborted_unix: float | None = None
+    """When the engine noticed that the client had gone."""
+    ended_unix: float | None = None
 
     @property
     def rank(self) -> int | None:

@@ -9,6 +9,8 @@ from aiohttp import web
 from extproc.sim import info
 from extproc.sim.api_request import ApiError, decode_body
 from extproc.sim.config import EngineConfig
+from extproc.sim.fault_effects import FaultEffects
+from extproc.sim.faults import BadFault, Phase
 from extproc.sim.generation import Generation
 from extproc.sim.loads_text import LoadsText
 from extproc.sim.metrics_text import MetricsText
@@ -19,11 +21,14 @@ from extproc.sim.runner import ABORTED_BY_REQUEST, Runner
 class Server:
     """Handlers of one engine. `port` and `bootstrap_port` are the real ones, set once they are known."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, records: Records, generation: Generation) -> None:
+    def __init__(
+        self, config: EngineConfig, runner: Runner, records: Records, generation: Generation, faults: FaultEffects
+    ) -> None:
         self._config = config
         self._runner = runner
         self._records = records
         self._generation = generation
+        self._faults = faults
         self._metrics = MetricsText(config.role, config.dp_size, config.model, config.gpu, config.time_scale)
         self._loads = LoadsText(config.role, config.gpu, config.time_scale, runner.start_unix)
         self.port = 0
@@ -36,21 +41,25 @@ class Server:
         for path in ("/generate", "/v1/chat/completions", "/v1/completions"):
             app.router.add_post(path, self._generation.answer)
         app.router.add_put("/generate", self._generation.answer)
+        guard = self._faults.guard
         for path in ("/health", "/health_generate", "/ready", "/ping"):
-            app.router.add_get(path, self._health)
+            app.router.add_get(path, guard(Phase.HEALTH, self._health))
         for path in ("/server_info", "/get_server_info"):
             app.router.add_get(path, self._server_info)
         for path in ("/model_info", "/get_model_info"):
             app.router.add_get(path, self._model_info)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/loads", self._loads_answer)
-        app.router.add_get("/get_load", self._old_loads)
-        app.router.add_get("/metrics", self._metrics_answer)
+        app.router.add_get("/v1/loads", guard(Phase.METRICS, self._loads_answer))
+        app.router.add_get("/get_load", guard(Phase.METRICS, self._old_loads))
+        app.router.add_get("/metrics", guard(Phase.METRICS, self._metrics_answer))
         app.router.add_post("/abort_request", self._abort)
         app.router.add_route("*", "/flush_cache", self._flush_cache)
         app.router.add_get("/sim/requests", self._requests)
         app.router.add_delete("/sim/requests", self._forget_requests)
         app.router.add_get("/sim/state", self._state)
+        app.router.add_get("/sim/faults", self._show_faults)
+        app.router.add_put("/sim/faults", self._set_faults)
+        app.router.add_delete("/sim/faults", self._forget_faults)
         return app
 
     async def _health(self, _request: web.Request) -> web.Response:
@@ -130,7 +139,30 @@ class Server:
             for job in self._runner.pending
         ]
         used = [rank.kv_used_tokens for rank in self._runner.model.ranks]
-        return _json({"now_s": now_s, "open": len(jobs), "kv_used_tokens": used, "jobs": jobs})
+        return _json(
+            {
+                "now_s": now_s,
+                "open": len(jobs),
+                "open_requests": self._generation.open_requests,
+                "kv_used_tokens": used,
+                "jobs": jobs,
+            }
+        )
+
+    async def _show_faults(self, _request: web.Request) -> web.Response:
+        return _json(self._faults.plan.as_json())
+
+    async def _set_faults(self, request: web.Request) -> web.Response:
+        """In place of those there are: a JSON list of specifications. Requests that a fault holds stay held."""
+        try:
+            self._faults.plan.replace(msgspec.json.decode(await request.read(), type=list[str]))
+        except (msgspec.MsgspecError, BadFault) as error:
+            return _json({"error": str(error)}, 400)
+        return await self._show_faults(request)
+
+    async def _forget_faults(self, request: web.Request) -> web.Response:
+        self._faults.plan.replace(())
+        return await self._show_faults(request)
 
     def _look(self) -> float:
         """Bring the model up to date; the virtual time now."""

@@ -124,3 +124,31 @@ def test_a_port_that_is_taken_is_named(flag):
         taken.listen()
         with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: cannot listen"):
             asyncio.run(main(taken.getsockname()[1]))
+
+
+def test_the_load_table_is_served_as_json():
+    async def main():
+        async with Workers() as workers:
+            prefill, decode = workers.ports
+            config = Config(
+                prefill=(WorkerConfig(url=f"http://127.0.0.1:{prefill}", dp_size=2),),
+                decode=(WorkerConfig(url=f"http://127.0.0.1:{decode}"),),
+                grpc_port=free_port(),
+                prometheus_port=free_port(),
+            )
+            service = Service(config)
+            async with service.running() as addresses, httpx.AsyncClient(base_url=addresses.status) as client:
+                service.table.observe(f"127.0.0.1:{prefill}", [RankLoad(1, used_tokens=7)], at_s=0.0)
+                answer = await client.get("/debug/loads")
+                assert answer.headers["content-type"].startswith("application/json")
+                first, second = answer.json()["workers"]
+                assert [rank["dp_rank"] for rank in first["ranks"]] == [0, 1]
+                assert first["ranks"][1]["scraped"]["used_tokens"] == 7
+                assert (second["role"], second["healthy"]) == ("decode", False)
+
+    asyncio.run(main())
+
+
+def test_a_bad_tokenizer_is_told_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer_path"):
+        Service(Config(tokenizer_path=str(tmp_path / "none.json")))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.config import Config, WorkerConfig
+from extproc.estimate import ASK_EVERY, ASK_FIRST
 from extproc.events import (
     Answer,
     Ended,
@@ -122,6 +123,125 @@ def test_response_headers_name_the_workers_where_switched_on():
     exchange, _ = dispatch(shared)
     [send] = exchange.route(respond())
     assert dict(send.reply.set_headers)["x-pd-prefill"].startswith("p0:1;dp_rank=")
+
+
+COUNTED = {"content-length": "40", "content-type": "application/json"}
+ASK_FOR_BODY = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=True))
+
+
+def test_prefills_answer_tells_how_long_the_prompt_was():
+    shared = gateway()
+    exchange, answer = dispatch(shared, body=b'{"text": "%s"}' % (b"x" * 400))
+    start_prefill(shared, exchange, answer)
+    assert exchange.prefill(respond(**COUNTED)) == [ASK_FOR_BODY]
+    assert shared.table.states[0].in_flight == 1  # a stream's answer may still be under way
+    assert exchange.prefill(ResponseBody(b'{"meta_info": {"prompt_tokens": 200}}')) == [
+        Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY))
+    ]
+    assert shared.table.states[0].in_flight == 0  # with the whole answer here, prefill is done
+    assert exchange.prefill(Ended()) == []
+    exchange.route(respond())
+    [finished] = exchange.route(Ended())
+    assert (finished.prompt_tokens, finished.counted_tokens) == (100, 200)
+    assert nothing_charged(shared)
+    # The next prompt is estimated better.
+    another, _ = dispatch(shared, body=b'{"text": "%s"}' % (b"x" * 400))
+    [finished] = another.route(Ended())
+    assert 100 < finished.prompt_tokens < 200
+
+
+@pytest.mark.parametrize("body", [b"", b"nonsense", b'{"meta_info": {}}', b'data: {"usage": null}', b"x" * 1_000_000])
+def test_an_answer_without_a_count_changes_nothing(body):
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond(**COUNTED))
+    assert exchange.prefill(ResponseBody(body)) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY))]
+    exchange.prefill(Ended())
+    exchange.route(respond())
+    [finished] = exchange.route(Ended())
+    assert (finished.outcome, finished.counted_tokens) == (Outcome.OK, None)
+    assert shared.estimator.known() == {}
+
+
+def test_prefill_may_end_before_the_answer_that_was_asked_for():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond(**COUNTED))
+    assert exchange.prefill(Ended()) == []
+    exchange.route(respond())
+    [finished] = exchange.route(Ended())
+    assert finished.outcome is Outcome.OK
+    assert nothing_charged(shared)
+
+
+def test_a_client_that_leaves_ends_a_prefill_that_is_being_counted():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond(**COUNTED))
+    [abort] = exchange.route(Ended())
+    assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)
+    assert exchange.prefill(ResponseBody(b"{}")) == []  # crossed
+    exchange.prefill(Ended())
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (BODY, {"content-type": "application/json"}),  # of unknown length
+        (BODY, COUNTED | {"content-length": "1000000"}),
+        (BODY, COUNTED | {"content-encoding": "gzip"}),
+        (b'{"input_ids": [1, 2, 3]}', COUNTED),  # known
+    ],
+)
+def test_what_cannot_be_read_cheaply_or_teaches_nothing_is_not_asked_for(body, headers):
+    shared = gateway()
+    exchange, answer = dispatch(shared, body=body)
+    start_prefill(shared, exchange, answer)
+    assert exchange.prefill(respond(**headers)) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))]
+    exchange.prefill(Ended())
+    exchange.route(Ended())
+    assert nothing_charged(shared)
+
+
+def test_after_the_first_ones_only_some_are_asked():
+    shared = gateway()
+    asked = 0
+    for _ in range(ASK_FIRST + 10 * ASK_EVERY):
+        exchange, answer = dispatch(shared)
+        start_prefill(shared, exchange, answer)
+        [send] = exchange.prefill(respond(**COUNTED))
+        asked += send.reply.want_response_body
+        exchange.prefill(Ended())
+        exchange.route(Ended())
+    assert asked == ASK_FIRST + 10
+    assert nothing_charged(shared)
+
+
+def test_the_loads_are_explained_where_switched_on():
+    shared = gateway(explain=True)
+    shared.table.charge(shared.table.states[0], 0, 500)
+    exchange, _ = dispatch(shared)
+    [send] = exchange.route(respond())
+    headers = dict(send.reply.set_headers)
+    assert headers == {
+        "x-pd-prefill-loads": "p0:1/0=500@-, p0:1/1*=0@-",
+        "x-pd-decode-loads": headers["x-pd-decode-loads"],
+    }
+    [finished] = exchange.route(Ended())
+    assert finished.explanation.prefill == headers["x-pd-prefill-loads"]
+
+
+def test_and_not_where_it_is_not():
+    shared = gateway()
+    exchange, _ = dispatch(shared)
+    [send] = exchange.route(respond())
+    assert send.reply.set_headers == ()
+    [finished] = exchange.route(Ended())
+    assert finished.explanation is None
 
 
 @pytest.mark.parametrize(
@@ -352,6 +472,7 @@ EVENTS = st.sampled_from(
         (Leg.ROUTE, Trailers(Phase.RESPONSE_TRAILERS)),
         (Leg.PREFILL, RequestHeaders({}, False)),
         *((Leg.PREFILL, respond(status)) for status in (200, 404, 500)),
+        (Leg.PREFILL, respond(**COUNTED)),
         (Leg.PREFILL, ResponseBody(b"no")),
         (Leg.PREFILL, Woken()),
         (Leg.PREFILL, Ended()),

@@ -28,18 +28,18 @@ def used(*lines: str) -> dict[int, float | None]:
 
 
 @golden
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_metrics_page_of_two_ranks(role):
+@pytest.mark.parametrize(("role", "speed"), [("prefill", 0), ("decode", 812.5)])
+def test_metrics_page_of_two_ranks(role, speed):
     assert parse_loads((GOLDEN / f"sglang-0.5.23-metrics-{role}-dp2.prom").read_bytes()) == (
-        RankLoad(0, used_tokens=12034, running_requests=3, queued_requests=1, token_usage_ratio=0.0301),
-        RankLoad(1, used_tokens=43034, running_requests=7, queued_requests=6, token_usage_ratio=0.1076),
+        RankLoad(0, 12034, running_requests=3, queued_requests=1, token_usage_ratio=0.0301, output_tokens_per_s=speed),
+        RankLoad(1, 43034, running_requests=7, queued_requests=6, token_usage_ratio=0.1076, output_tokens_per_s=speed),
     )
 
 
 @golden
 def test_metrics_page_without_dp_rank_is_rank_0():
     assert parse_loads((GOLDEN / "sglang-0.5.23-metrics-decode-dp1.prom").read_bytes()) == (
-        RankLoad(0, used_tokens=12034, running_requests=3, queued_requests=1, token_usage_ratio=0.0301),
+        RankLoad(0, 12034, running_requests=3, queued_requests=1, token_usage_ratio=0.0301, output_tokens_per_s=812.5),
     )
 
 
@@ -63,6 +63,7 @@ def test_loads_page(role, total, uncached, prefilled, busy_us):
             total_tokens=total[rank],
             waiting_uncached_tokens=uncached[rank],
             max_total_tokens=400_000,
+            output_tokens_per_s={"prefill": 0, "decode": 812.5}[role],
             prefill_uncached_tokens_total=prefilled[rank],
             prefill_busy_us_total=busy_us[rank],
             snapshot_s=(1763800000.25, 1763800000.263)[rank],
@@ -225,7 +226,7 @@ NUMBERS = (
     | st.sampled_from(["NaN", "+Inf", "-Inf", "-1", "1e400", "0", "-0.0", "1.5E3"])
 )
 RANKS = st.sampled_from(["", "0", "1", "2", "7", "10"])
-OTHER_NAMES = st.sampled_from(["sglang:num_used_tokens_total", "sglang:gen_throughput", "up", "vllm:num_used_tokens"])
+OTHER_NAMES = st.sampled_from(["sglang:num_used_tokens_total", "sglang:cache_hit_rate", "up", "vllm:num_used_tokens"])
 LABELS = st.fixed_dictionaries(
     {},
     optional={

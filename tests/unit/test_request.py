@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.errors import BadRequest, BodyTooLarge, RequestError, UnknownModel
-from extproc.request import BYTES_PER_TOKEN, MAX_DEPTH, ROUTING_FIELDS, Endpoint, check_length, parse, split_path
+from extproc.estimate import BYTES_PER_TOKEN
+from extproc.request import MAX_DEPTH, ROUTING_FIELDS, Endpoint, check_length, parse, split_path
 
 
 @pytest.mark.parametrize(

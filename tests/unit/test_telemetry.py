@@ -1,11 +1,13 @@
 """Metrics and the log line."""
 
 import logging
+from dataclasses import replace
 
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.events import Finished, Outcome
+from extproc.explain import Explanation
 from extproc.load import LoadTable
 from extproc.model import Pick, Placement, RankLoad, Role, Worker
 from extproc.telemetry import Telemetry, log_line
@@ -44,6 +46,24 @@ def test_one_log_line():
         "outcome=ok status=200 endpoint=/generate request_id=abc attempt=1 prefill=p:1/1 decode=d:1/- room=7 "
         "prompts=2 tokens=12 response_headers_ms=250.0 prefill_ms=200.0 duration_ms=1500.0"
     )
+
+
+def test_what_the_engine_counted_and_what_the_pick_was_made_by_are_in_the_line():
+    explained = replace(RECORD, counted_tokens=10, explanation=Explanation("p:1/1*=5@0.1", "d:1/0*=7@-"))
+    line = log_line(explained)
+    assert " tokens=12 counted=10 " in line
+    assert ' prefill_loads="p:1/1*=5@0.1" decode_loads="d:1/0*=7@-"' in line
+
+
+def test_errors_of_estimates():
+    telemetry = Telemetry(LoadTable([], lambda: 0.0), lambda: 0.0, lambda: 0)
+    for counted in (10, 25, None):
+        telemetry.finished(replace(RECORD, counted_tokens=counted))
+    found = samples(telemetry)
+    name, endpoint = "extproc_prompt_estimate_ratio", ("endpoint", "/generate")
+    assert found[f"{name}_count", endpoint] == 2
+    assert found[f"{name}_sum", endpoint] == 12.5 / 10 + 12.5 / 25
+    assert found[f"{name}_bucket", endpoint, ("le", "0.5")] == 1
 
 
 def test_metrics_of_attempts_scrapes_and_the_table(caplog):

@@ -123,7 +123,7 @@ def test_mode_overrides():
     assert skip.mode_override.request_body_mode is ProcessingModeBodySendMode.NONE
     assert skip.request_headers.response.clear_route_cache
     want = encoded(Answer(Phase.RESPONSE_HEADERS, want_response_body=True))
-    assert want.mode_override.response_body_mode is ProcessingModeBodySendMode.BUFFERED
+    assert want.mode_override.response_body_mode is ProcessingModeBodySendMode.BUFFERED_PARTIAL
 
 
 def test_immediate():
