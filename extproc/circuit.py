@@ -9,6 +9,7 @@ Source: the circuit breaker of SGLang's gateway (`--cb-*`); Nygard, "Release It!
 """
 
 import enum
+import sys
 from dataclasses import dataclass
 
 
@@ -28,6 +29,10 @@ class CircuitLimits:
     success_threshold: int
     timeout_s: float
     window_s: float
+
+
+NO_LIMITS = CircuitLimits(failure_threshold=sys.maxsize, success_threshold=1, timeout_s=0.0, window_s=0.0)
+"""A circuit that never opens."""
 
 
 @dataclass(slots=True)

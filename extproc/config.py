@@ -14,6 +14,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from extproc.circuit import NO_LIMITS, CircuitLimits
 from extproc.errors import ConfigError
 from extproc.model import Role, Worker
 
@@ -124,6 +125,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     health_failure_threshold: Count = 3
     health_success_threshold: Count = 1
 
+    cb_failure_threshold: Count = 10
+    cb_success_threshold: Count = 3
+    cb_timeout_duration_secs: Seconds = 60
+    cb_window_duration_secs: Seconds = 120
+    disable_circuit_breaker: bool = False
+
+    prefill_timeout_secs: Seconds = 600
+    """Longest time from dispatch to the end of the prefill leg, queueing included; then 504."""
+    max_worker_requests: Count | None = None
+    """Most legs in flight on a worker; when all have that many: 429."""
+    max_rank_tokens: Count | None = None
+    """Most tokens on a rank, by the load model; a request that would exceed it on the picked rank: 429."""
+
     max_payload_size: Count = 64 * MIB
     response_headers: bool = False
     """Name the picked workers to the client. Off: they are internal addresses."""
@@ -154,6 +168,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if len(models) > 1:
             raise ConfigError(f"workers of different models ({', '.join(models)}): run one gateway for each model")
         return tuple(models)
+
+    def circuit_limits(self) -> CircuitLimits:
+        """Of the workers' circuit breakers."""
+        if self.disable_circuit_breaker:
+            return NO_LIMITS
+        return CircuitLimits(
+            self.cb_failure_threshold,
+            self.cb_success_threshold,
+            self.cb_timeout_duration_secs,
+            self.cb_window_duration_secs,
+        )
 
     def worker_policy(self, role: Role) -> str:
         """Name of the policy that picks the worker of a role."""

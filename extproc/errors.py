@@ -45,6 +45,20 @@ class EngineFailed(RequestError):
     kind = "bad_gateway"
 
 
+class PrefillTimeout(RequestError):
+    """Prefill did not answer in time."""
+
+    status = 504
+    kind = "timeout"
+
+
+class Overloaded(RequestError):
+    """Every worker of a role has as much as it may have."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+
 class NoWorker(RequestError):
     """No healthy worker for a role."""
 

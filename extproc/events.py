@@ -150,6 +150,8 @@ class Outcome(enum.StrEnum):
     REFUSED = "refused"
     """Bad input; no engine saw it."""
     NO_WORKER = "no_worker"
+    OVERLOADED = "overloaded"
+    """Every worker has as much as it may have."""
     PREFILL_FAILED = "prefill_failed"
     DECODE_FAILED = "decode_failed"
     ENGINE_REJECTED = "engine_rejected"

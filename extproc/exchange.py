@@ -4,6 +4,7 @@ No I/O. Rules:
 - Prefill is released when the prefill leg ends, decode when the route leg ends; both exactly once.
 - A leg that fails ends the other one: a failed prefill answers the client, an aborted client ends prefill.
 - A prefill stream whose room is not open is refused: its main leg is gone, or it never was.
+- A worker is judged by its own leg only: what fails there counts in its circuit, never in its partner's.
 - Every failure before the response is marked for Envoy to retry with another pair; it comes back as a new exchange.
 
 Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ─response─> RESPONDING ─end─> OVER
@@ -18,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from extproc.config import Config
-from extproc.errors import BadRequest, EngineFailed, NoWorker, RequestError
+from extproc.errors import BadRequest, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
 from extproc.estimate import Prompt, TokenEstimator
 from extproc.events import (
     Answer,
@@ -176,6 +177,9 @@ class Exchange:
         self._measured: Prompt | None = None
         """What to learn from prefill's count of the prompt; None: it is not asked."""
         self._counted_tokens: int | None = None
+        self._prefill_failed: bool | None = None
+        self._decode_failed: bool | None = None
+        """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
         self._outcome = Outcome.OK
         self._reason = ""
         self._status = 0
@@ -198,6 +202,8 @@ class Exchange:
             match event, self.route_state:
                 case Ended(), _:
                     return self._route_ended()
+                case Woken(), _:
+                    return self._prefill_overdue()
                 case Trailers(), _:
                     return [Send(Leg.ROUTE, Answer(event.phase))]
                 case _, RouteState.CLOSING:  # crossed with our immediate response
@@ -285,7 +291,7 @@ class Exchange:
             body=self._mutation.decode_body,
             pick_route_again=True,
         )
-        return [Send(Leg.ROUTE, answer)]
+        return [Send(Leg.ROUTE, answer), Wake(Leg.ROUTE, gateway.config.prefill_timeout_secs)]
 
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
@@ -301,6 +307,7 @@ class Exchange:
                 headers += explaining_headers(self._scheduled.explanation)
             if event.status >= 400:
                 effects = self._end_prefill("decode_failed")
+        self._decode_failed = event.status >= 500 if not 400 <= event.status < 500 else None
         if event.status >= 500:
             self._fail(Outcome.DECODE_FAILED, f"decode worker answered {event.status}")
             if self._scheduled and event.status in {502, 503}:
@@ -317,7 +324,7 @@ class Exchange:
             self._fail(Outcome.ABORTED, "the client left before the response")
         if self._scheduled is None:
             return [self._finish()]
-        self._gateway.table.release(self._scheduled.decode)
+        self._gateway.table.release(self._scheduled.decode, self._decode_failed)
         if self.prefill_state is PrefillState.EXPECTED:
             # Its stream may still come; then it finds the room closed and is refused.
             self.prefill_state = PrefillState.OVER
@@ -333,12 +340,13 @@ class Exchange:
         """Answer the client with an error; the one place where typed errors become responses."""
         # The message goes to the client only: it can hold what the client sent.
         reason = f"{type(error).__name__}({error.param or ''})"
-        self._fail(Outcome.NO_WORKER if isinstance(error, NoWorker) else Outcome.REFUSED, reason)
+        outcome = {NoWorker: Outcome.NO_WORKER, Overloaded: Outcome.OVERLOADED}.get(type(error), Outcome.REFUSED)
+        self._fail(outcome, reason)
         return [self._close_route(error)]
 
     def _close_route(self, error: RequestError, *extra: tuple[str, str]) -> Send:
         headers = JSON_CONTENT + extra
-        if error.status == 503:
+        if error.status in {429, 503}:
             headers = (*headers, ("retry-after", str(RETRY_AFTER_S)))
         self._status = error.status
         self.route_state = RouteState.CLOSING
@@ -385,6 +393,7 @@ class Exchange:
     def _prefill_answered(self, event: ResponseHeaders) -> list[Effect]:
         status = event.status
         self.prefill_state = PrefillState.ANSWERED
+        self._prefill_failed = status >= 500 if not 400 <= status < 500 else None
         if 400 <= status < 500:
             self.prefill_state = PrefillState.REJECTED
         elif status == 200 and self._measured and is_readable(event.headers):
@@ -399,7 +408,7 @@ class Exchange:
         assert self._scheduled is not None  # noqa: S101
         assert self._measured is not None  # noqa: S101
         self.prefill_state = PrefillState.ANSWERED
-        self._gateway.table.release(self._scheduled.prefill)  # not later than without the question
+        self._gateway.table.release(self._scheduled.prefill, failed=False)  # not later than without the question
         self._counted_tokens = counted_tokens(body, self._batch_size)
         if self._counted_tokens and self._endpoint:
             self._gateway.estimator.learn(self._endpoint, self._model, self._measured, self._counted_tokens)
@@ -424,12 +433,25 @@ class Exchange:
         # Without workers' names: they are internal addresses.
         return [self._close_route(EngineFailed(f"the prefill worker failed: it {what}"), (RETRY, "prefill"))]
 
+    def _prefill_overdue(self) -> list[Effect]:
+        """The prefill leg has not ended in time. Not retried: the next worker would be as long, or the client gone."""
+        waiting = self.route_state in {RouteState.DISPATCHED, RouteState.RESPONDING}
+        if not waiting or self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
+            return []
+        self._fail(Outcome.PREFILL_FAILED, "prefill did not end in time")
+        self._prefill_failed = True
+        limit_s = self._gateway.config.prefill_timeout_secs
+        error = PrefillTimeout(f"the prompt was not processed within {limit_s:g} s (prefill_timeout_secs)")
+        return [self._close_route(error), *self._end_prefill("prefill_timeout")]
+
     def _prefill_ended(self) -> list[Effect]:
         before, self.prefill_state = self.prefill_state, PrefillState.OVER
         if self._dispatched_s is not None:
             self._prefill_s = self._gateway.clock() - self._dispatched_s
         assert self._scheduled is not None  # noqa: S101
-        self._gateway.table.release(self._scheduled.prefill)
+        if before is PrefillState.SENT:
+            self._prefill_failed = True
+        self._gateway.table.release(self._scheduled.prefill, self._prefill_failed)
         effects: list[Effect] = []
         if before is PrefillState.SENT:
             effects = self._fail_prefill("closed the connection without an answer")
@@ -453,8 +475,8 @@ class Exchange:
 
     def _finish(self) -> Finished:
         if self._scheduled:
-            self._gateway.table.release(self._scheduled.prefill)
-            self._gateway.table.release(self._scheduled.decode)
+            self._gateway.table.release(self._scheduled.prefill, self._prefill_failed)
+            self._gateway.table.release(self._scheduled.decode, self._decode_failed)
             self._gateway.closed(self._scheduled.placement.room)
         return Finished(
             outcome=self._outcome,

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from extproc.circuit import NO_LIMITS, Circuit, CircuitLimits, CircuitState
 from extproc.model import RankLoad, Role, Worker
 
 LEARN = 0.05
@@ -92,6 +93,7 @@ class WorkerState:
     """One worker, with its ranks."""
 
     worker: Worker
+    circuit: Circuit
     healthy: bool = False
     ranks: list[RankState] = field(default_factory=list)
     in_flight: int = 0
@@ -121,10 +123,15 @@ class Lease:
 class LoadTable:
     """All workers' states. Made once, passed in everywhere."""
 
-    def __init__(self, workers: Sequence[Worker], clock: Callable[[], float]) -> None:
-        """`clock`: seconds from any origin, the one that scrapes are timed with."""
+    def __init__(
+        self, workers: Sequence[Worker], clock: Callable[[], float], limits: CircuitLimits = NO_LIMITS
+    ) -> None:
+        """`clock`: seconds from any origin, the one that scrapes are timed with. `limits`: of the circuit breakers."""
         self.clock = clock
-        self._states = {worker.name: _new_state(worker) for worker in workers}
+        self._limits = limits
+        self._states = {worker.name: self._new_state(worker) for worker in workers}
+        self._tripped: set[WorkerState] = set()
+        """Workers whose circuit is not closed."""
         self._eligible: dict[Role, list[WorkerState]] = {role: [] for role in Role}
         self.output_tokens: float | None = None
         """Mean output of a prompt, learned; None while nothing is."""
@@ -146,14 +153,21 @@ class LoadTable:
         return list(self._states.values())
 
     def eligible(self, role: Role) -> Sequence[WorkerState]:
-        """The workers of a role that may be picked: healthy, and their address is known."""
-        return self._eligible[role]
+        """The workers of a role that may be picked: healthy, their address is known, their circuit lets it through.
+
+        The same list object until that changes.
+        """
+        states = self._eligible[role]
+        if not self._tripped:
+            return states
+        now_s = self.clock()
+        return [state for state in states if state.circuit.allows(now_s)]
 
     def worker_changed(self, worker: Worker, healthy: bool, reason: str | None = None) -> None:
         """Take over what discovery found out, and whether the worker may be picked."""
         state = self._states.get(worker.name)
         if state is None:
-            state = self._states[worker.name] = _new_state(worker)
+            state = self._states[worker.name] = self._new_state(worker)
         if healthy and not state.healthy:  # perhaps another process, on another host
             state.engine_clock_s = None
         state.worker, state.healthy = worker, healthy
@@ -244,22 +258,30 @@ class LoadTable:
         rank.outstanding_requests += 1
         rank.changes.append((now_s, lease.tokens))
         state.in_flight += 1
+        state.circuit.sent()
         return lease
 
-    def release(self, lease: Lease) -> None:
-        """Give a lease back; a second time does nothing."""
+    def release(self, lease: Lease, failed: bool | None = False) -> None:
+        """Give a lease back; a second time does nothing.
+
+        `failed`: the worker's own failure, which its circuit breaker counts; None: neither that nor work done (the
+        client left, the other leg failed, the request was rejected).
+        """
         if lease.released:
             return
         lease.released_at_s = now_s = self.clock()
         rank = lease.rank
-        if lease.after is not None:
+        self._judge(lease.state, failed, now_s)
+        if lease.after is not None and failed is False:
             self._learn_output(lease, lease.after.released_at_s)
+        lease.after = None
         rank.lifetime_s += LEARN * (now_s - lease.charged_at_s - rank.lifetime_s)
         if next(iter(rank.leases)) is lease:
-            rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
-            rank.work_tokens = (1 - LEARN) * rank.work_tokens + lease.tokens
-            if not rank.counted and rank.busy_s > 0:
-                rank.tokens_per_s = rank.work_tokens / rank.busy_s
+            if failed is False:
+                rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
+                rank.work_tokens = (1 - LEARN) * rank.work_tokens + lease.tokens
+                if not rank.counted and rank.busy_s > 0:
+                    rank.tokens_per_s = rank.work_tokens / rank.busy_s
             rank.serving_since_s = now_s
         del rank.leases[lease]
         rank.outstanding_requests -= 1
@@ -276,7 +298,6 @@ class LoadTable:
     def _learn_output(self, lease: Lease, began_s: float | None) -> None:
         """A decode leg has ended: time since its first token x speed of a request on that rank = its output."""
         speed, ended_s = lease.rank.request_tokens_per_s, lease.released_at_s
-        lease.after = None
         if began_s is None or ended_s is None or not speed:
             return
         tokens = min(speed * (ended_s - began_s), lease.max_output)
@@ -284,6 +305,13 @@ class LoadTable:
             known = self.output_tokens
             self.output_tokens = tokens if known is None else known + LEARN * (tokens - known)
 
+    def _judge(self, state: WorkerState, failed: bool | None, now_s: float) -> None:
+        state.circuit.ended(failed, now_s)
+        if state.circuit.state is CircuitState.CLOSED:
+            self._tripped.discard(state)
+        else:
+            self._tripped.add(state)
 
-def _new_state(worker: Worker) -> WorkerState:
-    return WorkerState(worker, ranks=[RankState(dp_rank, worker.role) for dp_rank in range(worker.rank_count)])
+    def _new_state(self, worker: Worker) -> WorkerState:
+        ranks = [RankState(dp_rank, worker.role) for dp_rank in range(worker.rank_count)]
+        return WorkerState(worker, Circuit(self._limits), ranks=ranks)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from extproc.config import Config
-from extproc.errors import NoWorker
+from extproc.errors import NoWorker, Overloaded
 from extproc.explain import Explanation, Recorder, describe
 from extproc.load import Lease, LoadTable, WorkerState
 from extproc.load_model import make_load_model
@@ -39,6 +39,8 @@ class Scheduler:
         self._recorder = Recorder(self.loads) if config.explain else None
         context = PolicyContext(config, self._recorder or self.loads, rng, table.clock)
         self._table = table
+        self._max_requests = config.max_worker_requests
+        self._max_tokens = config.max_rank_tokens
         self._rooms = Rooms(rng)
         self._workers = {role: make_worker_policy(config.worker_policy(role), context) for role in Role}
         self._ranks = {role: make_rank_policy(config.rank_policy(role), context) for role in Role}
@@ -46,7 +48,7 @@ class Scheduler:
     def place(self, request: GenerationRequest, *, avoid: Collection[str] = ()) -> Scheduled:
         """Place a request and charge it. `avoid`: names of workers that failed it before, used only as a last resort.
 
-        Raises NoWorker when a role has no healthy worker; then nothing is charged.
+        Raises NoWorker when a role has no healthy worker, Overloaded when it has no room; then nothing is charged.
         """
         recorder = self._recorder
         prefill, prefill_rank = self._pick(Role.PREFILL, request, avoid)
@@ -59,6 +61,8 @@ class Scheduler:
         # Where the engine decides, it goes by the room, modulo its ranks.
         prefill_charged = room % len(prefill.ranks) if prefill_rank is None else prefill_rank
         decode_charged = room % len(decode.ranks) if decode_rank is None else decode_rank
+        self._check_room_for(request, prefill, prefill_charged)
+        self._check_room_for(request, decode, decode_charged)
         explanation = None
         if recorder:
             now_s = self._table.clock()
@@ -79,7 +83,7 @@ class Scheduler:
         return self._workers[Role.DECODE].pick(self._candidates(Role.DECODE), None).state
 
     def check_available(self) -> None:
-        """Raise NoWorker unless both roles have a healthy worker."""
+        """Raise NoWorker or Overloaded unless both roles have a healthy worker that may be sent something."""
         for role in Role:
             self._candidates(role)
 
@@ -88,9 +92,21 @@ class Scheduler:
         if not states:
             known = sum(state.worker.role is role for state in self._table.states)
             raise NoWorker(f"no healthy {role} worker ({known} configured): try again later")
+        if self._max_requests is not None:
+            states = [state for state in states if state.in_flight < self._max_requests]
+            if not states:
+                raise Overloaded(f"every {role} worker has {self._max_requests} requests in flight: try again later")
         if avoid:
             return [state for state in states if state.worker.name not in avoid] or states
         return states
+
+    def _check_room_for(self, request: GenerationRequest, state: WorkerState, dp_rank: int) -> None:
+        """Raise Overloaded when the request would put more on the rank than is allowed; on an idle rank it may."""
+        if self._max_tokens is None:
+            return
+        tokens = self.loads.rank_tokens(state.ranks)[dp_rank]
+        if tokens > 0 and tokens + request.prompt_tokens > self._max_tokens:
+            raise Overloaded(f"the {state.worker.role} workers have as many tokens as they may have: try again later")
 
     def _pick(self, role: Role, request: GenerationRequest, avoid: Collection[str]) -> tuple[WorkerState, int | None]:
         """The worker, and the rank to ask for: None where there is nothing to choose, or the engine is to choose."""

@@ -61,7 +61,7 @@ class Service:
     ) -> None:
         """`grpc_target`: listen there instead of `grpc_host:grpc_port`. Raises ConfigError."""
         self.config = config
-        self.table = LoadTable(config.workers(), clock)
+        self.table = LoadTable(config.workers(), clock, config.circuit_limits())
         self.scheduler = Scheduler(config, self.table, rng or random.Random())
         count = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
         self.gateway = Gateway(config, self.table, self.scheduler, clock, TokenEstimator(count))

@@ -98,7 +98,7 @@ class ExternalProcessor:
         finally:
             # Also when the stream was cancelled or a bug broke out: nothing may stay charged.
             del self._streams[exchange, leg]
-            stream.closed = True
+            stream.close()
             self._apply(exchange, leg, take(Ended()))
 
     def _apply(self, exchange: Exchange, leg: Leg, effects: Iterable[Effect]) -> list[Reply]:
@@ -115,7 +115,10 @@ class ExternalProcessor:
                 case Send(to, reply):
                     self._write_soon(exchange, to, reply)
                 case Wake(to, after_s):
-                    asyncio.get_running_loop().call_later(after_s, self._wake, exchange, to)
+                    stream = self._streams.get((exchange, to))
+                    if stream is not None:
+                        timer = asyncio.get_running_loop().call_later(after_s, self._wake, exchange, to)
+                        stream.timers.append(timer)
                 case Finished():
                     self._finished(effect)
         return own
@@ -143,17 +146,25 @@ class _Stream:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._writing = asyncio.Lock()
-        self.closed = False
+        self._closed = False
+        self.timers: list[asyncio.TimerHandle] = []
+        """Go with the stream: else each would hold its exchange until it is due."""
 
     async def read(self) -> bytes | None:
         """The next message; None at the end."""
         data = await self._context.read()
         return None if data is grpc.aio.EOF else data
 
+    def close(self) -> None:
+        """The stream has ended: nothing is written or waited for any more."""
+        self._closed = True
+        for timer in self.timers:
+            timer.cancel()
+
     async def write(self, data: bytes) -> None:
         """Write a message; one for a stream that has ended meanwhile is dropped."""
         async with self._writing:
-            if self.closed:
+            if self._closed:
                 return
             try:
                 await self._context.write(data)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from extproc.circuit import CircuitState
 from extproc.events import Finished, Outcome
 from extproc.load import LoadTable
 from extproc.model import Pick
@@ -25,6 +26,9 @@ LEG_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 ESTIMATE_BUCKETS_RATIO = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 4)
 """From four times too short to four times too long; below 0 a histogram could have no sum, hence ratio, not error."""
+
+
+CIRCUIT_LEVELS = {CircuitState.CLOSED: 0.0, CircuitState.HALF_OPEN: 0.5, CircuitState.OPEN: 1.0}
 
 
 class Telemetry:
@@ -145,6 +149,7 @@ class _Gauges(Collector):
         """All gauges, as they are now. A figure that is not known has no sample."""
         by_worker, by_rank = ["role", "worker"], ["role", "worker", "dp_rank"]
         healthy = GaugeMetricFamily("extproc_worker_healthy", "1: may be picked.", labels=by_worker)
+        circuit = GaugeMetricFamily("extproc_circuit_open", "0: closed, 0.5: half open, 1: open.", labels=by_worker)
         legs = GaugeMetricFamily("extproc_legs_in_flight", "Legs that have not ended.", labels=by_worker)
         age = GaugeMetricFamily("extproc_scrape_age_seconds", "Age of a rank's last figures.", labels=by_rank)
         scraped = GaugeMetricFamily("extproc_scraped_tokens", "Tokens in use, as the engine said.", labels=by_rank)
@@ -155,6 +160,7 @@ class _Gauges(Collector):
             worker = [state.worker.role, state.worker.name]
             healthy.add_metric(worker, float(state.healthy))
             legs.add_metric(worker, state.in_flight)
+            circuit.add_metric(worker, CIRCUIT_LEVELS[state.circuit.state])
             for rank in state.ranks:
                 labels = [*worker, str(rank.dp_rank)]
                 charged.add_metric(labels, rank.charged_tokens)
@@ -163,7 +169,7 @@ class _Gauges(Collector):
                     scraped.add_metric(labels, rank.scraped.used_tokens)
                 if rank.scraped_at_s is not None:
                     age.add_metric(labels, now_s - rank.scraped_at_s)
-        yield from (healthy, legs, age, scraped, charged, ledger)
+        yield from (healthy, circuit, legs, age, scraped, charged, ledger)
         exchanges = GaugeMetricFamily("extproc_open_exchanges", "Placed requests that have not ended.")
         exchanges.add_metric([], self._open_exchanges())
         yield exchanges

@@ -108,6 +108,16 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(checks, "health_failure_threshold", int, text="failed checks in a row that make a worker unhealthy")
     add(checks, "health_success_threshold", int, text="good checks in a row that make it healthy again")
 
+    faults = parser.add_argument_group("faults and overload")
+    add(faults, "prefill_timeout_secs", float, text="longest time for a prefill leg, queueing included; then 504")
+    add(faults, "max_worker_requests", int, text="most requests in flight on a worker; when all have that many: 429")
+    add(faults, "max_rank_tokens", int, text="most tokens on a rank; beyond that: 429")
+    add(faults, "cb_failure_threshold", int, text="failed requests in a row that open a worker's circuit")
+    add(faults, "cb_success_threshold", int, text="good ones in a row that close it again")
+    add(faults, "cb_timeout_duration_secs", float, text="time before an open circuit is tried again")
+    add(faults, "cb_window_duration_secs", float, text="failures further apart than this are not in a row")
+    add(faults, "disable_circuit_breaker", bool, text="judge workers by their health checks alone")
+
     addresses = parser.add_argument_group("addresses")
     add(addresses, "host", text="the gateway's address, for clients")
     add(addresses, "port", int, text="the gateway's port, for clients")

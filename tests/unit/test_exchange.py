@@ -43,10 +43,10 @@ def gateway(*, workers=(*PREFILLS, *DECODES), **settings) -> Gateway:
     def clock() -> float:
         return next(ticks) / 1000
 
-    table = LoadTable(workers, clock)
+    config = Config(**{"policy": "round_robin"} | settings)
+    table = LoadTable(workers, clock, config.circuit_limits())
     for worker in workers:
         table.worker_changed(worker, True)
-    config = Config(policy="round_robin", **settings)
     return Gateway(config, table, Scheduler(config, table, random.Random(1)), clock)
 
 
@@ -72,7 +72,7 @@ def dispatch(gateway: Gateway, body=BODY, **headers) -> tuple[Exchange, Answer]:
     """A placed exchange, and the answer to its body."""
     exchange = Exchange(gateway)
     assert exchange.route(post(**headers)) == [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
-    [send] = exchange.route(RequestBody(body))
+    send, *_ = exchange.route(RequestBody(body))
     assert send.leg is Leg.ROUTE
     assert isinstance(send.reply, Answer)
     return exchange, send.reply
@@ -278,7 +278,7 @@ def test_only_the_configured_model_is_served(model, status):
     shared = gateway(decode=(WorkerConfig(url="http://d", model="served"),))
     exchange = Exchange(shared)
     exchange.route(post("/v1/completions"))
-    [send] = exchange.route(RequestBody(json.dumps({"prompt": "x"} | ({"model": model} if model else {})).encode()))
+    send, *_ = exchange.route(RequestBody(json.dumps({"prompt": "x"} | ({"model": model} if model else {})).encode()))
     assert getattr(send.reply, "status", None) == status
 
 
@@ -389,6 +389,113 @@ def test_but_not_longer():
     [abort] = exchange.prefill(Woken())
     assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)
     exchange.prefill(Ended())
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize("arrived", [True, False], ids=["running", "never arrived"])
+@pytest.mark.parametrize("responding", [True, False])
+def test_prefill_that_takes_too_long_is_a_504_for_the_client(arrived, responding):
+    shared = gateway(prefill_timeout_secs=7)
+    exchange = Exchange(shared)
+    exchange.route(post())
+    send, wake = exchange.route(RequestBody(BODY))
+    assert wake == Wake(Leg.ROUTE, 7)
+    if arrived:
+        start_prefill(shared, exchange, send.reply)
+    if responding:
+        exchange.route(respond())
+    abort, *ended = exchange.route(Woken())
+    assert (abort.leg, abort.reply.status) == (Leg.ROUTE, 504)
+    assert "7 s" in json.loads(abort.reply.body)["error"]["message"]
+    assert [send.leg for send in ended] == [Leg.PREFILL] * arrived
+    exchange.route(Ended())
+    if arrived:
+        exchange.prefill(Ended())
+    assert nothing_charged(shared)
+
+
+def test_prefill_that_has_ended_is_never_overdue():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond())
+    exchange.prefill(Ended())
+    assert exchange.route(Woken()) == []
+
+
+def circuits(shared: Gateway) -> dict[str, str]:
+    return {state.worker.name: state.circuit.state for state in shared.table.states}
+
+
+def test_only_the_worker_whose_leg_failed_is_blamed():
+    """Ten failed prefills on p0 open its circuit; the decode workers that waited for it are as good as before."""
+    shared = gateway(workers=(PREFILLS[0], *DECODES), cb_failure_threshold=10)
+    for _ in range(10):
+        exchange, answer = dispatch(shared)
+        start_prefill(shared, exchange, answer)
+        exchange.prefill(respond(503))
+        exchange.prefill(Ended())
+        exchange.route(Ended())
+    assert circuits(shared) == {"p0:1": "open", "d0:1": "closed", "d1:1": "closed"}
+    [send] = Exchange(shared).route(post())
+    assert send.reply.status == 503
+    assert nothing_charged(shared)
+
+
+def test_rejected_requests_and_leaving_clients_blame_nobody():
+    shared = gateway(cb_failure_threshold=1)
+    for status in (400, None):
+        exchange, answer = dispatch(shared)
+        start_prefill(shared, exchange, answer)
+        if status:
+            exchange.prefill(respond(status))
+            exchange.prefill(ResponseBody(b"{}"))
+        exchange.route(Ended())
+        exchange.prefill(Ended())
+    assert set(circuits(shared).values()) == {"closed"}
+    assert nothing_charged(shared)
+
+
+def test_an_open_circuit_is_tried_again_with_one_request():
+    shared = gateway(
+        workers=(PREFILLS[0], DECODES[0]),
+        cb_failure_threshold=1,
+        cb_success_threshold=1,
+        cb_timeout_duration_secs=0.001,
+    )
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond(500))
+    exchange.prefill(Ended())
+    exchange.route(Ended())
+    trial, answer = dispatch(shared)  # the clock ticks with every look
+    [refused] = Exchange(shared).route(post())
+    assert refused.reply.status == 503
+    start_prefill(shared, trial, answer)
+    trial.prefill(respond())
+    trial.prefill(Ended())
+    assert circuits(shared)["p0:1"] == "closed"
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_worker_requests": 1}, {"max_rank_tokens": 5}], ids=lambda limit: next(iter(limit))
+)
+def test_overload_is_429_and_charges_nothing(limit):
+    shared = gateway(workers=(PREFILLS[0], DECODES[0]), dp_minimum_tokens_scheduler=True, **limit)
+    running = [dispatch(shared)[0] for _ in range(1 if "max_worker_requests" in limit else 2)]
+    before = repr(shared.table)
+    exchange = Exchange(shared)
+    effects = exchange.route(post())
+    if isinstance(effects[0].reply, Answer):
+        effects = exchange.route(RequestBody(b'{"text": "%s"}' % (b"x" * 400)))
+    [send] = effects
+    assert send.reply.status == 429
+    assert dict(send.reply.headers)["retry-after"] == "1"
+    assert repr(shared.table) == before
+    [finished] = exchange.route(Ended())
+    assert finished.outcome is Outcome.OVERLOADED
+    for exchange in running:
+        exchange.route(Ended())
     assert nothing_charged(shared)
 
 
