@@ -148,6 +148,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     retry_max_retries: Annotated[int, Meta(ge=0)] = 2
     """Further attempts with another pair, while the client has got nothing."""
     request_timeout_secs: Seconds = 1800
+    shutdown_grace_period_secs: Seconds = 180
+    """How long requests may go on after SIGINT or SIGTERM."""
 
     def workers(self) -> list[Worker]:
         """All workers of both roles, in the order given. Raises ConfigError for a bad URL or one listed twice."""

@@ -30,7 +30,7 @@ ENVOY_BIN = "ENVOY_BIN"
 READY_POLL_S = 0.02
 """How often start-up is looked at. Envoy has nothing to wait on, and takes about 100 ms."""
 DRAIN_S = 1
-"""Envoy's `--drain-time-s`. Draining proper is done before Envoy is told to stop."""
+"""Envoy's `--drain-time-s`: how long it still accepts after it was told to drain."""
 
 _LOG_FORMAT = "%l|%n|%v"
 """Envoy's `--log-format`: level, logger, message; time and place are logging's job."""
@@ -207,8 +207,22 @@ class EnvoyProcess:
                 raise EnvoyError(self._said(f"Envoy did not start ({_exit_reason(self._process.returncode)})"))
             await asyncio.sleep(READY_POLL_S)
 
+    async def drain(self) -> None:
+        """Take no new connections, end idle ones, let requests finish; returns when the listeners are closed.
+
+        Only inbound listeners: the internal ones carry the requests that are still to finish.
+        """
+        if await self._ask("POST", "/drain_listeners?graceful&inboundonly"):
+            await asyncio.sleep(
+                DRAIN_S
+            )  # Envoy's own timer: until then it accepts, so that nobody is refused meanwhile
+
     async def _is_ready(self, address_path: Path) -> bool:
         self.admin_address = _read_if_there(address_path)
+        return self.admin_address is not None and await self._ask("GET", "/ready")
+
+    async def _ask(self, method: str, path: str) -> bool:
+        """Whether the admin interface answers 200."""
         if not self.admin_address:
             return False
         host, _, port = self.admin_address.rpartition(":")
@@ -217,7 +231,7 @@ class EnvoyProcess:
         except OSError:
             return False
         try:
-            writer.write(b"GET /ready HTTP/1.1\r\nhost: envoy\r\nconnection: close\r\n\r\n")
+            writer.write(f"{method} {path} HTTP/1.1\r\nhost: envoy\r\nconnection: close\r\n\r\n".encode())
             status = await reader.readline()
         except OSError:
             return False

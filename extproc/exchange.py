@@ -7,8 +7,9 @@ No I/O. Rules:
 - A worker is judged by its own leg only: what fails there counts in its circuit, never in its partner's.
 - Every failure before the response is marked for Envoy to retry with another pair; it comes back as a new exchange.
 
-Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ─response─> RESPONDING ─end─> OVER
-               └──────────> DIRECT ───────────────────response─────┘   (any state: refused → CLOSING ─end─> OVER)
+Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ──response──> RESPONDING ─end─> OVER
+               │                              └─5xx─> HOLDING ─time─┘│
+               └──────────> DIRECT ────────────────response──────────┘   (any state: refused → CLOSING ─end─> OVER)
 Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | REJECTED ─end─> OVER
               (any state but EXPECTED and OVER: ended by us → CLOSING ─end─> OVER)
 """
@@ -63,8 +64,12 @@ Clock = Callable[[], float]
 RETRY_AFTER_S = 1
 """`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
 
-PREFILL_GRACE_S = 1.0
+PREFILL_GRACE_S = 0.25
 """How long prefill may outlive a response that has ended: its answer is under way, and on a busy machine late."""
+
+HOLD_S = 0.05
+"""How long a decode engine's 5xx waits for prefill's word. When one leg of a pair breaks, the other engine answers 500
+within about a millisecond (measured on simulated engines), and then it is not the one to blame."""
 
 MAX_REMEMBERED_FAILURES = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
@@ -78,6 +83,8 @@ class RouteState(enum.Enum):
     NEW = enum.auto()
     BODY = enum.auto()
     DISPATCHED = enum.auto()
+    HOLDING = enum.auto()
+    """Decode answered 5xx; prefill has a moment to say that it was the one that failed."""
     DIRECT = enum.auto()
     RESPONDING = enum.auto()
     CLOSING = enum.auto()
@@ -177,6 +184,7 @@ class Exchange:
         self._measured: Prompt | None = None
         """What to learn from prefill's count of the prompt; None: it is not asked."""
         self._counted_tokens: int | None = None
+        self._held: ResponseHeaders | None = None
         self._prefill_failed: bool | None = None
         self._decode_failed: bool | None = None
         """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
@@ -202,6 +210,8 @@ class Exchange:
             match event, self.route_state:
                 case Ended(), _:
                     return self._route_ended()
+                case Woken(), RouteState.HOLDING:
+                    return self._respond_held()
                 case Woken(), _:
                     return self._prefill_overdue()
                 case Trailers(), _:
@@ -295,28 +305,46 @@ class Exchange:
 
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
+        unanswered = {PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED}
+        echo = event.status >= 500 and event.status not in {502, 503}  # those are Envoy's: it could not reach decode
+        if echo and self._scheduled and self.prefill_state in unanswered:
+            self._held = event
+            self.route_state = RouteState.HOLDING
+            return [Wake(Leg.ROUTE, HOLD_S)]
+        return self._let_through(event)
+
+    def _respond_held(self) -> list[Effect]:
+        assert self._held is not None  # noqa: S101 - state HOLDING has one
+        return self._let_through(self._held)
+
+    def _let_through(self, event: ResponseHeaders) -> list[Effect]:
         self.route_state = RouteState.RESPONDING
-        self._status = event.status
+        self._status = status = event.status
         self._response_headers_s = self._gateway.clock() - self._started_s
         headers: Headers = ()
-        effects: list[Effect] = []
         if self._scheduled:
             if self._gateway.config.response_headers:
                 headers = response_headers(self._scheduled.placement)
             if self._scheduled.explanation:
                 headers += explaining_headers(self._scheduled.explanation)
-            if event.status >= 400:
-                effects = self._end_prefill("decode_failed")
-        self._decode_failed = event.status >= 500 if not 400 <= event.status < 500 else None
-        if event.status >= 500:
-            self._fail(Outcome.DECODE_FAILED, f"decode worker answered {event.status}")
-            if self._scheduled and event.status in {502, 503}:
+        if status >= 500:
+            self._fail(Outcome.DECODE_FAILED, f"decode worker answered {status}")
+            if self._scheduled:
+                # A 500 can be the echo of a prefill that broke: then both are avoided, and nobody's circuit counts it.
+                self._decode_failed = True if status in {502, 503} else None
+                self._blame_pair(self._scheduled)
                 headers = (*headers, (RETRY, "decode"))
-                self._gateway.blame(self._request_id, self._scheduled.placement.decode.worker.name)
-        elif event.status >= 400:
-            self._fail(Outcome.ENGINE_REJECTED, f"answered {event.status}")
+        elif status >= 400:
+            self._fail(Outcome.ENGINE_REJECTED, f"answered {status}")
+        else:
+            self._decode_failed = False
         answer = Answer(Phase.RESPONSE_HEADERS, set_headers=headers, remove_headers=reserved(event.headers))
-        return [Send(Leg.ROUTE, answer), *effects]
+        return [Send(Leg.ROUTE, answer), *(self._end_prefill("decode_failed") if status >= 400 else [])]
+
+    def _blame_pair(self, scheduled: Scheduled) -> None:
+        """Let the request's next attempt take another pair: which of the two broke it first is not always known."""
+        for pick in (scheduled.placement.prefill, scheduled.placement.decode):
+            self._gateway.blame(self._request_id, pick.worker.name)
 
     def _route_ended(self) -> list[Effect]:
         before, self.route_state = self.route_state, RouteState.OVER
@@ -326,13 +354,13 @@ class Exchange:
             return [self._finish()]
         self._gateway.table.release(self._scheduled.decode, self._decode_failed)
         if self.prefill_state is PrefillState.EXPECTED:
-            # Its stream may still come; then it finds the room closed and is refused.
-            self.prefill_state = PrefillState.OVER
+            self._end_prefill("gone")
         if self.prefill_state is PrefillState.OVER:
             return [self._finish()]
         # After a normal end prefill has handed over the KV cache and only its answer is due. Whether the end was
         # normal is not known once the response had begun: so prefill gets a moment, then it is ended.
-        if before is RouteState.RESPONDING and self.prefill_state is not PrefillState.CLOSING:
+        well = before is RouteState.RESPONDING and self._outcome is Outcome.OK
+        if well and self.prefill_state is not PrefillState.CLOSING:
             return [Wake(Leg.PREFILL, PREFILL_GRACE_S)]
         return self._end_prefill("gone")
 
@@ -416,7 +444,7 @@ class Exchange:
 
     def _pass_on_rejection(self, body: bytes) -> list[Effect]:
         """Prefill answered 4xx: the client gets the engine's own status and words, and no retry."""
-        if self.route_state is not RouteState.DISPATCHED:
+        if self.route_state not in {RouteState.DISPATCHED, RouteState.HOLDING}:
             return self._fail_prefill(f"answered {self._status_of_prefill}")
         self._fail(Outcome.ENGINE_REJECTED, f"prefill worker answered {self._status_of_prefill}")
         self._status = self._status_of_prefill
@@ -425,11 +453,13 @@ class Exchange:
 
     def _fail_prefill(self, what: str) -> list[Effect]:
         assert self._scheduled is not None  # noqa: S101
-        name = self._scheduled.placement.prefill.worker.name
-        if self.route_state not in {RouteState.DISPATCHED, RouteState.RESPONDING}:
+        if self.route_state not in {RouteState.DISPATCHED, RouteState.HOLDING, RouteState.RESPONDING}:
+            return []
+        if self.route_state is RouteState.RESPONDING and self._endpoint is not Endpoint.GENERATE:
+            # OpenAI's endpoints send headers with the first token: decode has the KV cache and needs prefill no more.
             return []
         self._fail(Outcome.PREFILL_FAILED, f"prefill worker {what}")
-        self._gateway.blame(self._request_id, name)
+        self._blame_pair(self._scheduled)
         # Without workers' names: they are internal addresses.
         return [self._close_route(EngineFailed(f"the prefill worker failed: it {what}"), (RETRY, "prefill"))]
 
@@ -461,7 +491,9 @@ class Exchange:
 
     def _end_prefill(self, details: str) -> list[Effect]:
         """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
-        if self.prefill_state in {PrefillState.EXPECTED, PrefillState.CLOSING, PrefillState.OVER}:
+        if self.prefill_state is PrefillState.EXPECTED:
+            self.prefill_state = PrefillState.OVER  # its stream may still come; then it is refused
+        if self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
             return []
         self.prefill_state = PrefillState.CLOSING
         return [Send(Leg.PREFILL, Immediate(499, (), b"", details))]

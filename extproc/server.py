@@ -71,11 +71,12 @@ class Service:
         self._grpc_target = grpc_target or f"{config.grpc_host}:{config.grpc_port}"
         self._health = health.aio.HealthServicer()
         self._readiness: asyncio.Future[None] | None = None
+        self._leaving = False
 
     @property
     def ready(self) -> bool:
-        """Whether there is a healthy worker of either role."""
-        return all(self.table.eligible(role) for role in Role)
+        """Whether there is a healthy worker of either role, and the service is not about to end."""
+        return not self._leaving and all(self.table.eligible(role) for role in Role)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Addresses]:
@@ -127,6 +128,11 @@ class Service:
         if self._grpc_target.startswith("unix:"):
             return self._grpc_target
         return f"{self._grpc_target.rpartition(':')[0]}:{port}"
+
+    async def leave(self) -> None:
+        """Say to health checks that no more requests are wanted; the service still serves those that come."""
+        self._leaving = True
+        await self._health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     # What the scraper and the health monitor report to
 

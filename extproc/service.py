@@ -49,11 +49,17 @@ class ExternalProcessor:
         self._finished = finished
         self._streams: dict[tuple[Exchange, Leg], _Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def open_streams(self) -> int:
         """Streams that belong to an exchange."""
         return len(self._streams)
+
+    async def idle(self) -> None:
+        """Return when no stream is open."""
+        await self._idle.wait()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What to add to a server. Without (de)serialisers: `wire` does that."""
@@ -89,6 +95,7 @@ class ExternalProcessor:
     async def _run(self, exchange: Exchange, leg: Leg, stream: "_Stream", first: bytes | None = None) -> None:
         take = _take(exchange, leg)
         self._streams[exchange, leg] = stream
+        self._idle.clear()
         try:
             data = first or await stream.read()
             while data is not None:
@@ -100,6 +107,8 @@ class ExternalProcessor:
             del self._streams[exchange, leg]
             stream.close()
             self._apply(exchange, leg, take(Ended()))
+            if not self._streams:
+                self._idle.set()
 
     def _apply(self, exchange: Exchange, leg: Leg, effects: Iterable[Effect]) -> list[Reply]:
         """Do what can be done at once; returns the replies for the leg's own stream.

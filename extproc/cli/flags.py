@@ -71,6 +71,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         text="count prompts with the model's tokenizer.json, a file or the folder it is in (extra [tokenizer])",
     )
     add(routing, "explain", bool, text="tell clients and the log by what loads ranks were picked (x-pd-*-loads)")
+    add(routing, "shutdown_grace_period_secs", float, text="longest time for requests to finish after SIGTERM")
     add(routing, "response_headers", bool, text="tell clients the picked workers in x-pd-* response headers")
 
     options = parser.add_argument_group("options of policies")

@@ -71,5 +71,20 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
                 stopped.cancel()
                 if died.done():
                     died.result()
-                logger.info("stopping")
+                await _drain(service, envoy, stop, config.shutdown_grace_period_secs)
             await died
+
+
+async def _drain(service: Service, envoy: EnvoyProcess, stop: asyncio.Event, grace_s: float) -> None:
+    """Let requests finish; not longer than the grace period, nor after a second signal."""
+    stop.clear()
+    logger.info("draining: no new connections, requests may finish for %g s; a second signal ends them", grace_s)
+    await service.leave()
+    await envoy.drain()
+    idle, again = asyncio.create_task(service.processor.idle()), asyncio.create_task(stop.wait())
+    await asyncio.wait([idle, again], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    if not idle.done():
+        logger.warning("stopping with %d streams open", service.processor.open_streams)
+    idle.cancel()
+    again.cancel()
+    logger.info("stopping")

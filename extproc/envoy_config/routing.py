@@ -134,7 +134,7 @@ def prefill_routes(config: Config) -> list[Route]:
                 cluster=PREFILL_CLUSTER,
                 timeout=timedelta(0),
                 # Frees what an engine that neither reads nor answers would hold forever.
-                idle_timeout=timedelta(seconds=config.request_timeout_secs),
+                idle_timeout=timedelta(seconds=config.prefill_timeout_secs),
             ),
         ),
         Route(

@@ -68,6 +68,20 @@ def test_sigterm_stops_service_and_envoy():
                 os.kill(int(pid), 0)
 
 
+def test_sigterm_lets_requests_finish():
+    body = {"text": "hello", "stream": True, "sampling_params": {"max_new_tokens": 600}}
+    with Stack(prefill=1, decode=1) as stack:
+        with httpx.stream("POST", stack.url + "/generate", json=body, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.kill(stack.gateway.pid, signal.SIGTERM)
+            until(lambda: "draining" in stack.gateway_log, "the gateway drains")
+            assert httpx.get(stack.status_url + "/ready").status_code == 503
+            rest = list(lines)
+        assert rest[-1] == "data: [DONE]"
+        until(lambda: stack.gateway.process.exit_status == 0, "extproc up has ended well")
+
+
 def extproc(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "extproc", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

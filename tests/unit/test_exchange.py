@@ -27,7 +27,7 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.exchange import PREFILL_GRACE_S, Exchange, Gateway, ProtocolViolation
+from extproc.exchange import HOLD_S, PREFILL_GRACE_S, Exchange, Gateway, ProtocolViolation
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
@@ -533,7 +533,7 @@ def test_unknown_rooms(room):
     assert gateway().find(RequestHeaders({"x-pd-room": room}, False)) is None
 
 
-@pytest.mark.parametrize(("status", "retried"), [(503, True), (502, True), (500, False), (400, False)])
+@pytest.mark.parametrize(("status", "retried"), [(503, True), (502, True), (400, False)])
 def test_decode_fails_before_the_response(status, retried):
     shared = gateway()
     exchange, answer = dispatch(shared)
@@ -545,6 +545,87 @@ def test_decode_fails_before_the_response(status, retried):
     [finished] = exchange.prefill(Ended())
     assert finished.outcome is (Outcome.DECODE_FAILED if status >= 500 else Outcome.ENGINE_REJECTED)
     assert nothing_charged(shared)
+
+
+def hold(shared: Gateway) -> Exchange:
+    """Decode has answered 500 while prefill was at work."""
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    assert exchange.route(respond(500)) == [Wake(Leg.ROUTE, HOLD_S)]
+    return exchange
+
+
+def test_decodes_500_waits_a_moment_for_prefills_word_and_then_goes_on_as_it_is():
+    shared = gateway(cb_failure_threshold=1)
+    exchange = hold(shared)
+    [send, abort] = exchange.route(Woken())
+    assert ("x-pd-retry", "decode") in send.reply.set_headers
+    assert abort.leg is Leg.PREFILL
+    exchange.route(Ended())
+    [finished] = exchange.prefill(Ended())
+    assert finished.outcome is Outcome.DECODE_FAILED
+    assert set(circuits(shared).values()) == {"closed"}  # it may have been an echo
+    assert nothing_charged(shared)
+
+
+def test_decodes_500_was_the_echo_of_prefills_end():
+    shared = gateway(cb_failure_threshold=1)
+    exchange = hold(shared)
+    [abort] = exchange.prefill(Ended())
+    assert (abort.leg, abort.reply.status) == (Leg.ROUTE, 502)
+    assert ("x-pd-retry", "prefill") in abort.reply.headers
+    [finished] = exchange.route(Ended())
+    assert finished.outcome is Outcome.PREFILL_FAILED
+    assert circuits(shared) == {"p0:1": "open", "p1:1": "closed", "d0:1": "closed", "d1:1": "closed"}
+    assert nothing_charged(shared)
+
+
+def test_decodes_500_was_the_echo_of_prefills_4xx():
+    shared = gateway()
+    exchange = hold(shared)
+    exchange.prefill(respond(422))
+    [_, abort] = exchange.prefill(ResponseBody(b"too odd"))
+    assert (abort.reply.status, abort.reply.body) == (422, b"too odd")
+    exchange.route(Ended())
+    exchange.prefill(Ended())
+    assert nothing_charged(shared)
+
+
+def test_a_prefill_stream_is_refused_once_decode_has_failed():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    exchange.route(respond(503))
+    assert shared.find(RequestHeaders(dict(answer.set_headers), False)) is None
+    [finished] = exchange.route(Ended())
+    assert finished.outcome is Outcome.DECODE_FAILED
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(("path", "cut"), [("/generate", True), ("/v1/completions", False)])
+def test_prefill_that_breaks_during_the_response(path, cut):
+    """OpenAI's endpoints answer with the first token: decode has all it needs by then."""
+    shared = gateway()
+    exchange = Exchange(shared)
+    exchange.route(post(path))
+    send, *_ = exchange.route(RequestBody(b'{"text": "x", "prompt": "x"}'))
+    start_prefill(shared, exchange, send.reply)
+    exchange.route(respond())
+    effects = exchange.prefill(Ended())
+    assert [effect.reply.status for effect in effects] == [502] * cut
+    exchange.route(Ended())
+    assert nothing_charged(shared)
+
+
+def test_the_next_attempt_takes_another_pair():
+    shared = gateway()
+    exchange, answer = dispatch(shared)
+    first = dict(answer.set_headers)
+    exchange.route(respond(503))
+    exchange.route(Ended())
+    for _ in range(4):
+        _, again = dispatch(shared, x_envoy_attempt_count="2")
+        for name in ("x-pd-prefill-endpoint", "x-pd-decode-endpoint"):
+            assert dict(again.set_headers)[name] != first[name]
 
 
 def test_workers_cannot_set_our_response_headers():
