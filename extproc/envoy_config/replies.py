@@ -23,7 +23,9 @@ def json_local_replies(config: Config, *, retry_503: bool = False) -> LocalReply
     With `retry_503` Envoy marks its own 503 for a retry: an engine refused or broke the connection before it answered.
     Envoy 1.40 shows these to the service as well, 1.36 does not."""
     too_large = f"the request body exceeds the limit of {config.max_payload_size} bytes"
-    retry = [_json_error_when("response.code == 503", "service_unavailable", mark=RETRY)] if retry_503 else []
+    broken = "the decode worker failed: it refused or broke off the connection"
+    when = "response.code == 503"
+    retry = [_json_error_when(when, "service_unavailable", message=broken, mark=RETRY)] if retry_503 else []
     return LocalReplyConfig(
         mappers=[
             *retry,

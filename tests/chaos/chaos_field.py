@@ -142,7 +142,9 @@ class Field:
 @contextlib.asynccontextmanager
 async def running_field(**settings: Any) -> AsyncIterator[Field]:
     """A fresh stack of 2 prefill and 2 decode engines; `settings` are `Stack`'s."""
-    flags = ("--worker-load-check-interval", "0.5", "--worker-load-check-timeout", "0.5")
+    # Without circuit breakers: after ten failures the faulty worker would not be picked, and nothing be measured.
+    checks = ("--worker-load-check-interval", "0.5", "--worker-load-check-timeout", "0.5")
+    flags = (*checks, "--disable-circuit-breaker")
     with ThreadPoolExecutor(1) as thread:
         stack = Stack(**{"engine_flags": ENGINE_FLAGS, "up_flags": flags, **settings})
         loop = asyncio.get_running_loop()

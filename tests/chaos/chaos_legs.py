@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from chaos_client import CHAT, GENERATE, Seen, chat, generate
 from chaos_field import Attempt, Field, volley
@@ -103,7 +104,7 @@ async def run_case(field: Field, case: Case, count: int | None = None) -> Row:
 def measure(row: Row, seen: Seen, attempts: Sequence[Attempt], other: str) -> int:
     """Times from each fault to what follows from it; returns how many attempts met a fault."""
     struck = 0
-    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, following in zip_longest(attempts, attempts[1:]):
         failed_unix = attempt.fault_unix
         if failed_unix is None:
             continue

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from chaos_clients import (
-    REQUEST_TIMEOUT_S,
+    PREFILL_TIMEOUT_S,
     client_leaves_rows,
     overload,
     prefill_hangs,
@@ -77,7 +77,8 @@ async def run(numbers: Iterable[int], count: int, console: Console) -> list[Row]
                     ]
                 )
         if {3, 13} & set(numbers):
-            await field.do(lambda: field.stack.restart_gateway(["--request-timeout-secs", str(REQUEST_TIMEOUT_S)]))
+            limit = ["--prefill-timeout-secs", str(PREFILL_TIMEOUT_S)]
+            await field.do(lambda: field.stack.restart_gateway(limit))
             await do(steps_with_time_out(field, count))
     return sorted(rows, key=lambda row: row.number)
 
