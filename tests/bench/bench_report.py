@@ -33,11 +33,11 @@ class Results:
 
     def ttft(self, name: str, part: str) -> float:
         """Median over the runs."""
-        return median(getattr(run.ttft_s, part) for run in self.runs[name])
+        return float(median(getattr(run.ttft_s, part) for run in self.runs[name]))
 
     def tpot(self, name: str, part: str) -> float:
         """Median over the runs."""
-        return median(getattr(run.tpot_s, part) for run in self.runs[name])
+        return float(median(getattr(run.tpot_s, part) for run in self.runs[name]))
 
     def against(self, name: str, base: str, part: str) -> list[float]:
         """TTFT as a multiple of the base's, seed by seed."""

@@ -196,9 +196,9 @@ def _figures(
         explicit_ranks=sum(leg.explicit for leg in prefill.values()) / max(1, len(prefill)),
         outside_s=Latency.of(outside_s),
         late_p99_s=quantile(sorted(answer.late_s for answer in answers), 0.99),
-        cpu_idle=used and used.idle,
-        gateway_cpu_s=used and used.gateway_s,
-        client_cpu_s=used and used.client_s,
+        cpu_idle=None if used is None else used.idle,
+        gateway_cpu_s=None if used is None else used.gateway_s,
+        client_cpu_s=None if used is None else used.client_s,
         seconds=seconds,
     )
 

@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     console.print(table(results))
     for name, runs in results.runs.items():
-        for error in [error for figures in runs for error in figures.errors]:
-            console.print(f"{name}: {error}", style="red", markup=False)
+        for problem in [error for figures in runs for error in figures.errors]:
+            console.print(f"{name}: {problem}", style="red", markup=False)
     if options.json is not None:
         text = json.dumps(as_json(results), indent=2)
         if options.json == Path("-"):
