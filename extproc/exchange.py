@@ -67,7 +67,7 @@ RETRY_AFTER_S = 1
 PREFILL_GRACE_S = 0.25
 """How long prefill may outlive a response that has ended: its answer is under way, and on a busy machine late."""
 
-HOLD_S = 0.05
+HOLD_S = 0.02
 """How long a decode engine's 5xx waits for prefill's word. When one leg of a pair breaks, the other engine answers 500
 within about a millisecond (measured on simulated engines), and then it is not the one to blame."""
 

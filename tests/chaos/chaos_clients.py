@@ -14,6 +14,10 @@ LEAVE_MS = 50
 """Row 6: within this the engines have heard of it."""
 PREFILL_TIMEOUT_S = 2.0
 """`--prefill-timeout-secs` of the rows that wait for a time-out."""
+REQUEST_TIMEOUT_S = 4.0
+"""`--request-timeout-secs` of the same rows; a longer upload is ended by it."""
+MOST_REQUESTS = 24
+"""`--max-worker-requests` of row 12: with two workers a role, 96 legs in all."""
 BIG_BYTES = 20_000_000
 """More than all buffers between a client and an engine that does not read."""
 MANY = 200
@@ -114,11 +118,13 @@ async def stalled_upload(field: Field, count: int) -> Row:
     """Row 13: a client that stops in the middle of its body."""
     await field.calm()
     row = Row(13, "the client's upload stalls")
-    await _timed_out(field, row, half_an_upload, count, count)
+    await _timed_out(field, row, half_an_upload, count, count, limit_s=REQUEST_TIMEOUT_S)
     return row
 
 
-async def _timed_out(field: Field, row: Row, body: Any, count: int, width: int) -> None:
+async def _timed_out(
+    field: Field, row: Row, body: Any, count: int, width: int, *, limit_s: float = PREFILL_TIMEOUT_S
+) -> None:
     async with field.client() as client:
         seen = await volley(count, width, lambda _: client.send(body() if callable(body) else body, patience_s=6))
     row.clients.update(one.said() for one in seen)
@@ -127,7 +133,7 @@ async def _timed_out(field: Field, row: Row, body: Any, count: int, width: int) 
     row.notes.append(f"says {seen[0].body[:120].decode(errors='replace')!r}")
     row.check(set(row.clients) <= {"504", "408"}, "every client gets 504 (408 for its own upload)")
     await _ends_of_legs(field, row, seen)
-    row.check_p99("the client's answer", PREFILL_TIMEOUT_S * 1e3 + 500)
+    row.check_p99("the client's answer", limit_s * 1e3 + 500)
     await field.set_faults(field.engines)  # an engine that does not read does not see its client go
     left = await field.left_over()
     row.check(not left, f"nothing is left over ({left})")
@@ -150,7 +156,7 @@ async def overload(field: Field) -> list[Row]:
     """Row 12: more than the engines can do at once, and more bytes than anybody should hold."""
     await field.calm()
     row = Row(12, f"{MANY} requests at once")
-    row.missing = "no limit on requests in flight or tokens per rank"
+    await field.do(lambda: field.stack.restart_gateway(["--max-worker-requests", str(MOST_REQUESTS)]))
     async with field.client() as client:
         sending = asyncio.create_task(volley(MANY, MANY, lambda _: client.send(chat(20, PROMPT_BYTES))))
         most = 0.0
@@ -161,7 +167,12 @@ async def overload(field: Field) -> list[Row]:
     row.clients.update(one.said() for one in seen)
     for one in seen:
         row.took("answer", one.total_ms)
-    row.notes.append(f"up to {most:g} legs in flight: all queued at the engines")
+    row.notes.append(f"up to {most:g} legs in flight")
+    row.check(set(row.clients) == {"200", "429"}, "every client gets 200 or 429")
+    row.check(most <= 4 * MOST_REQUESTS, f"no worker has more than {MOST_REQUESTS}")
+    left = await field.left_over()
+    row.check(not left, f"nothing is left over ({left})")
+    await field.do(field.stack.restart_gateway)
     uploads = Row(12, "8 uploads of 20 MB at once")
     uploads.missing = "no overload manager in the Envoy configuration"
     envoy = _envoy_of(field.stack.gateway.pid)

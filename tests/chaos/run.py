@@ -11,6 +11,7 @@ from functools import partial
 
 from chaos_clients import (
     PREFILL_TIMEOUT_S,
+    REQUEST_TIMEOUT_S,
     client_leaves_rows,
     overload,
     prefill_hangs,
@@ -77,8 +78,13 @@ async def run(numbers: Iterable[int], count: int, console: Console) -> list[Row]
                     ]
                 )
         if {3, 13} & set(numbers):
-            limit = ["--prefill-timeout-secs", str(PREFILL_TIMEOUT_S)]
-            await field.do(lambda: field.stack.restart_gateway(limit))
+            limits = [
+                "--prefill-timeout-secs",
+                str(PREFILL_TIMEOUT_S),
+                "--request-timeout-secs",
+                str(REQUEST_TIMEOUT_S),
+            ]
+            await field.do(lambda: field.stack.restart_gateway([*limits, "--disable-circuit-breaker"]))
             await do(steps_with_time_out(field, count))
     return sorted(rows, key=lambda row: row.number)
 
