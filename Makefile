@@ -13,7 +13,7 @@ ARGS ?=
 TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test chaos check bench-lab bench-scheduling lock clean
+.PHONY: help venv demo test chaos fuzz soak check bench-lab bench-scheduling lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,13 @@ test: venv ## all tests, those with a real Envoy included
 
 chaos: venv ## break a gateway in every way there is, and print what was measured; takes minutes
 	$(BIN)/python tests/chaos/run.py $(ARGS)
+
+fuzz: venv ## odd input for everything that takes input; ARGS="--inputs 1000000 --targets request,exchange"; takes minutes
+	-$(PIP) install --quiet --only-binary :all: --require-hashes --requirement tests/fuzz/requirements.txt
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+soak: venv ## 100,000 requests with faults, then nothing may be left or have grown; ARGS="--requests 5000"
+	PYTHONPATH=tests/chaos $(BIN)/python tests/soak/run.py $(ARGS)
 
 check: venv ## lint, format, types, import contracts
 	$(BIN)/ruff check .
@@ -47,7 +54,7 @@ lock: venv ## write the lock file anew after a change of dependencies; ARGS=--up
 	  --no-emit-index-url --no-header $(ARGS) --output-file $(LOCK) pyproject.toml
 
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz .soak
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Made anew only when the dependencies have changed. The lock file pins every package by its hash.

@@ -9,6 +9,7 @@ Source: the circuit breaker of SGLang's gateway (`--cb-*`); Nygard, "Release It!
 """
 
 import enum
+import math
 import sys
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Circuit:
     failures: int = 0
     """In a row."""
     first_failure_s: float = 0.0
+    last_failure_s: float = -math.inf
     successes: int = 0
     """In a row, while half open."""
     opened_at_s: float = 0.0
@@ -72,6 +74,7 @@ class Circuit:
                 if self.successes >= self.limits.success_threshold:
                     self.state = CircuitState.CLOSED
             return
+        self.last_failure_s = now_s
         if not self.failures or now_s - self.first_failure_s > self.limits.window_s:
             self.failures, self.first_failure_s = 0, now_s
         self.failures += 1

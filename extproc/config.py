@@ -20,6 +20,7 @@ from extproc.model import Role, Worker
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
+Delay = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -42,6 +43,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model: str | None = None
     metrics_urls: tuple[str, ...] | None = None
     """Where to scrape, in order of preference; a path is relative to `url`. Default: `Config.metrics_paths`."""
+    api_key_file: str | None = None
+    api_key_env: str | None = None
+    """Where the engine's key is, for checks and scrapes; default: as for all (`Config.api_key_file`)."""
+    draining: bool = False
+    """Begin with no new requests for it; `extproc drain` changes that while the service runs."""
 
     def to_worker(self, role: Role) -> Worker:
         """The worker as far as the configuration knows it (not resolved, nothing discovered).
@@ -81,6 +87,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     grpc_host: str = "127.0.0.1"
     grpc_port: Port = 9002
     """Envoy asks here. 9002 is the reference port of the endpoint-picker protocol."""
+    grpc_uds: str | None = None
+    """Path of a unix socket to ask at instead."""
+    grpc_tls_cert: str | None = None
+    grpc_tls_key: str | None = None
+    """PEM files: the service's certificate chain and key. With them the gRPC port takes TLS only."""
+    grpc_tls_client_ca: str | None = None
+    """PEM file: who must have signed the certificates of clients (mTLS)."""
+    envoy_tls_ca: str | None = None
+    """PEM file, as Envoy finds it: who must have signed the service's certificate. With it Envoy uses TLS."""
+    envoy_tls_cert: str | None = None
+    envoy_tls_key: str | None = None
+    """PEM files, as Envoy finds them: its own certificate chain and key for the service."""
+    envoy_tls_server_name: str | None = None
+    """What the service's certificate must be for: DNS name, IP address or URI. Default: the host Envoy connects to."""
     prometheus_host: str = "127.0.0.1"
     prometheus_port: Port = 29000
     log_level: LogLevel = "info"
@@ -131,12 +151,37 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cb_window_duration_secs: Seconds = 120
     disable_circuit_breaker: bool = False
 
+    api_key_file: str | None = None
+    api_key_env: str | None = None
+    """File or environment variable with the key (`--api-key`) of engines that have none of their own."""
+
     prefill_timeout_secs: Seconds = 600
     """Longest time from dispatch to the end of the prefill leg, queueing included; then 504."""
     max_worker_requests: Count | None = None
     """Most legs in flight on a worker; when all have that many: 429."""
     max_rank_tokens: Count | None = None
     """Most tokens on a rank, by the load model; a request that would exceed it on the picked rank: 429."""
+    max_concurrent_requests: Annotated[int, Meta(ge=-1)] = -1
+    """Most generation requests in flight in the whole gateway; beyond that: 429. 0 or less: no limit."""
+    max_connections: Count = 50_000
+    """Most connections of clients; more are closed at once. The figure is that of Envoy's example of an edge proxy."""
+    envoy_max_heap_bytes: Count = 2 << 30
+    """Memory for Envoy, as in the same example: when it is nearly used up, requests and uploads get 503."""
+
+    direct_paths: tuple[str, ...] = (
+        "GET /health",
+        "GET /health_generate",
+        "GET /v1/models",
+        "GET /v1/models/*",
+        "GET /model_info",
+        "GET /get_model_info",
+        "POST /tokenize",
+        "POST /detokenize",
+        "POST /v1/tokenize",
+        "POST /v1/detokenize",
+    )
+    """Requests passed on to a decode worker as they are, `METHOD PATH`; every other path but the generation endpoints
+    gets 404. An engine's other paths are for its operator, or generate without a pair."""
 
     max_payload_size: Count = 64 * MIB
     response_headers: bool = False
@@ -148,8 +193,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     retry_max_retries: Annotated[int, Meta(ge=0)] = 2
     """Further attempts with another pair, while the client has got nothing."""
     request_timeout_secs: Seconds = 1800
+    shutdown_drain_delay_secs: Delay = 5
+    """How long new requests are still served after SIGINT or SIGTERM, while health checks already send them elsewhere.
+    Kubernetes needs up to seconds to tell every node that a pod is leaving (Istio's proxies go on for 5 s as well:
+    `terminationDrainDuration`); a load balancer that probes needs its interval times its failure threshold."""
     shutdown_grace_period_secs: Seconds = 180
-    """How long requests may go on after SIGINT or SIGTERM."""
+    """How long requests may go on after that."""
 
     def workers(self) -> list[Worker]:
         """All workers of both roles, in the order given. Raises ConfigError for a bad URL or one listed twice."""
@@ -170,6 +219,28 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if len(models) > 1:
             raise ConfigError(f"workers of different models ({', '.join(models)}): run one gateway for each model")
         return tuple(models)
+
+    def check_credentials(self) -> None:
+        """Whether the settings of TLS, the unix socket and API keys go together; files are not looked at.
+
+        Raises ConfigError.
+        """
+        for cert, key in (("grpc_tls_cert", "grpc_tls_key"), ("envoy_tls_cert", "envoy_tls_key")):
+            if (getattr(self, cert) is None) != (getattr(self, key) is None):
+                given, missing = (cert, key) if getattr(self, cert) else (key, cert)
+                raise ConfigError(f"{given} without {missing}: set both, or neither")
+        if self.grpc_tls_client_ca and not self.grpc_tls_cert:
+            raise ConfigError("grpc_tls_client_ca needs TLS: set grpc_tls_cert and grpc_tls_key, too")
+        if self.grpc_uds and self.grpc_tls_cert:
+            raise ConfigError("grpc_uds and grpc_tls_cert: a unix socket takes no TLS, set one of them only")
+        for name in ("envoy_tls_cert", "envoy_tls_server_name"):
+            if getattr(self, name) and not self.envoy_tls_ca:
+                raise ConfigError(f"{name} needs TLS: set envoy_tls_ca, too, by which Envoy knows the service")
+        places: dict[str, Config | WorkerConfig] = {"": self}
+        places |= {f"{role}[{i}].": entry for role in Role for i, entry in enumerate(getattr(self, role))}
+        for place, keys in places.items():
+            if keys.api_key_file is not None and keys.api_key_env is not None:
+                raise ConfigError(f"{place}api_key_file and {place}api_key_env: set one of them only")
 
     def circuit_limits(self) -> CircuitLimits:
         """Of the workers' circuit breakers."""
@@ -217,6 +288,7 @@ def build(file_keys: Mapping[str, object], flags: Mapping[str, object], source: 
         raise ConfigError(f"flags: {_readable(error)}") from None
     config.workers()
     config.models()
+    config.check_credentials()
     return config
 
 

@@ -31,6 +31,13 @@ class UnknownModel(RequestError):
     kind = "invalid_request_error"
 
 
+class NotServed(RequestError):
+    """A path that this gateway neither schedules nor passes on."""
+
+    status = 404
+    kind = "invalid_request_error"
+
+
 class BodyTooLarge(RequestError):
     """The body exceeds the configured limit."""
 

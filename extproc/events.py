@@ -91,7 +91,17 @@ class Woken:
     """The time of a Wake is over."""
 
 
-Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers | Ended | Woken
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Envoy's access log on the route leg: the request did not end well. Comes around the stream's end, or never."""
+
+    by_client: bool
+    """The client left, rather than the decode worker."""
+    flags: str
+    """Envoy's response flags, in its own short form (`UC`, `DC`)."""
+
+
+Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody | Trailers | Ended | Woken | Broken
 
 
 # Effects
@@ -124,7 +134,14 @@ class Immediate:
     """Shows as response code details in Envoy's access log; one word."""
 
 
-Reply = Answer | Immediate
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Ask for more time to answer the message at hand; Envoy grants it once for each message."""
+
+    seconds: float
+
+
+Reply = Answer | Immediate | Extend
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +160,13 @@ class Wake:
     after_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Linger:
+    """Give the route leg a Woken after some time, though its stream is over."""
+
+    after_s: float
+
+
 class Outcome(enum.StrEnum):
     """How an attempt ended, as far as the service can tell."""
 
@@ -157,7 +181,21 @@ class Outcome(enum.StrEnum):
     ENGINE_REJECTED = "engine_rejected"
     """An engine answered 4xx."""
     ABORTED = "aborted"
-    """The client left before the response."""
+    """The client left before the end of the response."""
+
+
+class LegEnd(enum.StrEnum):
+    """How one leg of an attempt ended."""
+
+    OK = "ok"
+    REJECTED = "rejected"
+    """The engine answered 4xx."""
+    FAILED = "failed"
+    """The engine answered 5xx, refused the connection, broke it off, or was too slow."""
+    CANCELLED = "cancelled"
+    """Ended for the client's or the other leg's sake."""
+    UNSENT = "unsent"
+    """It had not begun when the attempt was over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +223,13 @@ class Finished:
     """From the request's headers to the response's."""
     prefill_s: float | None
     """From dispatch to the end of the prefill leg."""
+    prefill_end: LegEnd | None = None
+    decode_end: LegEnd | None = None
+    """None for a request without legs."""
     counted_tokens: int | None = None
     """What the prefill engine counted for `prompt_tokens`, where it was asked."""
     explanation: Explanation | None = None
     """The loads that the pick was made by, where that is switched on."""
 
 
-Effect = Send | Wake | Finished
+Effect = Send | Wake | Linger | Finished

@@ -4,11 +4,13 @@ No I/O. Rules:
 - Prefill is released when the prefill leg ends, decode when the route leg ends; both exactly once.
 - A leg that fails ends the other one: a failed prefill answers the client, an aborted client ends prefill.
 - A prefill stream whose room is not open is refused: its main leg is gone, or it never was.
-- A worker is judged by its own leg only: what fails there counts in its circuit, never in its partner's.
+- A worker is judged by its own leg only: what fails there counts in its circuit, never in its partner's. A 500 can be
+  the echo of a partner that broke, so it is judged a moment later.
 - Every failure before the response is marked for Envoy to retry with another pair; it comes back as a new exchange.
 
-Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ──response──> RESPONDING ─end─> OVER
-               │                              └─5xx─> HOLDING ─time─┘│
+Route leg:    NEW ─headers─> BODY ─body─> DISPATCHED ──response──> RESPONDING ─end─> UNSURE ─verdict─> OVER
+               │                              ├─5xx─> HOLDING ─time─┤│
+               │                              └─early─> WAITING ────┘│   (prefill answered)
                └──────────> DIRECT ────────────────response──────────┘   (any state: refused → CLOSING ─end─> OVER)
 Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | REJECTED ─end─> OVER
               (any state but EXPECTED and OVER: ended by us → CLOSING ─end─> OVER)
@@ -20,16 +22,21 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from extproc.config import Config
+from extproc.direct import DirectPaths
 from extproc.errors import BadRequest, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
 from extproc.estimate import Prompt, TokenEstimator
 from extproc.events import (
     Answer,
+    Broken,
     Effect,
     Ended,
     Event,
+    Extend,
     Finished,
     Immediate,
     Leg,
+    LegEnd,
+    Linger,
     Outcome,
     Phase,
     RequestBody,
@@ -41,7 +48,7 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.load import LoadTable
+from extproc.load import Lease, LoadTable
 from extproc.mutation import (
     DECODE_ENDPOINT,
     MODE,
@@ -51,6 +58,7 @@ from extproc.mutation import (
     Headers,
     Mutation,
     explaining_headers,
+    is_room,
     mutate,
     reserved,
     response_headers,
@@ -64,12 +72,21 @@ Clock = Callable[[], float]
 RETRY_AFTER_S = 1
 """`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
 
-PREFILL_GRACE_S = 0.25
-"""How long prefill may outlive a response that has ended: its answer is under way, and on a busy machine late."""
+VERDICT_S = 0.25
+"""How long after its end an attempt may still be found to have ended badly. Envoy's access log comes within about 10 ms
+(docs/decisions.md); prefill's own answer is under way, too, and on a busy machine late."""
+
+ECHO_S = 1.0
+"""A 500 this soon after a failure of the partner is taken for that one's echo. All requests of a pair that breaks fail
+within milliseconds; a worker that is bad by itself fails in later seconds, too."""
+
+EXTENSION_S = 5.0
+"""On top of the prefill time-out, whose own answer comes first."""
 
 HOLD_S = 0.02
-"""How long a decode engine's 5xx waits for prefill's word. When one leg of a pair breaks, the other engine answers 500
-within about a millisecond (measured on simulated engines), and then it is not the one to blame."""
+"""How long a decode engine's 5xx waits for prefill's word, so that the client gets a 4xx rather than its echo. When one
+leg of a pair breaks, the other engine answers 500 within about a millisecond (measured on simulated engines), and on a
+busy machine Envoy's two streams are several apart: with 5 ms a 4xx was retried in 1 of 16 cases."""
 
 MAX_REMEMBERED_FAILURES = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
@@ -85,10 +102,14 @@ class RouteState(enum.Enum):
     DISPATCHED = enum.auto()
     HOLDING = enum.auto()
     """Decode answered 5xx; prefill has a moment to say that it was the one that failed."""
+    WAITING = enum.auto()
+    """Decode sent headers before prefill is done (`/generate` streams): if prefill fails, a retry is possible."""
     DIRECT = enum.auto()
     RESPONDING = enum.auto()
     CLOSING = enum.auto()
     """An immediate response was sent; only the end is still to come."""
+    UNSURE = enum.auto()
+    """The stream is over; whether it ended well, the access log may still say."""
     OVER = enum.auto()
 
 
@@ -105,6 +126,14 @@ class PrefillState(enum.Enum):
     CLOSING = enum.auto()
     """We ended it; only the end is still to come."""
     OVER = enum.auto()
+
+
+UNANSWERED = frozenset({RouteState.DISPATCHED, RouteState.HOLDING, RouteState.WAITING})
+"""The client has got nothing yet, so another attempt is possible."""
+
+
+BEGUN = frozenset({RouteState.WAITING, RouteState.RESPONDING, RouteState.UNSURE})
+"""Decode has sent headers, so that only the access log knows who breaks off."""
 
 
 class ProtocolViolation(Exception):
@@ -128,6 +157,7 @@ class Gateway:
         self.scheduler = scheduler
         self.clock = clock
         self.models = config.models()
+        self.direct_paths = DirectPaths(config.direct_paths)
         self._open: dict[int, Exchange] = {}
         self._failed_workers: OrderedDict[str, set[str]] = OrderedDict()
 
@@ -139,8 +169,12 @@ class Gateway:
     def find(self, headers: RequestHeaders) -> "Exchange | None":
         """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
         room = headers.headers.get(ROOM, "")
-        exchange = self._open.get(int(room)) if room.isdecimal() and len(room) < 20 else None
+        exchange = self._open.get(int(room)) if is_room(room) else None
         return exchange if exchange and exchange.prefill_state is PrefillState.EXPECTED else None
+
+    def broken(self, room: int) -> "Exchange | None":
+        """The exchange that an entry of the access log is about, if it is open."""
+        return self._open.get(room)
 
     def opened(self, room: int, exchange: "Exchange") -> None:
         """Enter a placed exchange."""
@@ -188,10 +222,14 @@ class Exchange:
         self._prefill_failed: bool | None = None
         self._decode_failed: bool | None = None
         """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
+        self._prefill_end = LegEnd.UNSENT
+        self._decode_end = LegEnd.UNSENT
         self._outcome = Outcome.OK
         self._reason = ""
         self._status = 0
         self._status_of_prefill = 0
+        self._status_of_decode = 0
+        self._ended_s: float | None = None
         self._dispatched_s: float | None = None
         self._decision_s: float | None = None
         self._response_headers_s: float | None = None
@@ -210,8 +248,12 @@ class Exchange:
             match event, self.route_state:
                 case Ended(), _:
                     return self._route_ended()
+                case Broken(), _:
+                    return self._broken(event)
                 case Woken(), RouteState.HOLDING:
                     return self._respond_held()
+                case Woken(), RouteState.UNSURE:
+                    return self._settle()
                 case Woken(), _:
                     return self._prefill_overdue()
                 case Trailers(), _:
@@ -244,6 +286,7 @@ class Exchange:
         if headers.get(":method") == "POST":
             self._endpoint = ENDPOINTS.get(split_path(headers.get(":path", "")))
         if self._endpoint is None:
+            self._gateway.direct_paths.check(headers.get(":method", ""), headers.get(":path", ""))
             return self._pass_on(event)
         length = headers.get("content-length", "")
         if length.isdecimal():
@@ -294,6 +337,7 @@ class Exchange:
         self._dispatched_s = gateway.clock()
         self._decision_s = self._dispatched_s - before_s
         self.route_state = RouteState.DISPATCHED
+        self._decode_end = LegEnd.CANCELLED  # unless it gets to answer
         answer = Answer(
             Phase.REQUEST_BODY,
             set_headers=self._mutation.headers,
@@ -306,20 +350,26 @@ class Exchange:
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
         unanswered = {PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED}
-        echo = event.status >= 500 and event.status not in {502, 503}  # those are Envoy's: it could not reach decode
-        if echo and self._scheduled and self.prefill_state in unanswered:
+        if self._scheduled and self.prefill_state in unanswered:
             self._held = event
-            self.route_state = RouteState.HOLDING
-            return [Wake(Leg.ROUTE, HOLD_S)]
+            if event.status >= 500 and event.status not in {502, 503}:  # those are Envoy's: it could not reach decode
+                self.route_state = RouteState.HOLDING
+                return [Wake(Leg.ROUTE, HOLD_S)]
+            if event.status < 400 and self._endpoint is Endpoint.GENERATE:
+                # OpenAI's endpoints send headers with the first token: by then prefill is done.
+                self.route_state = RouteState.WAITING
+                return [Send(Leg.ROUTE, Extend(self._gateway.config.prefill_timeout_secs + EXTENSION_S))]
         return self._let_through(event)
 
     def _respond_held(self) -> list[Effect]:
-        assert self._held is not None  # noqa: S101 - state HOLDING has one
+        if self.prefill_state is PrefillState.REJECTED:  # its reason is under way
+            return []
+        assert self._held is not None  # noqa: S101 - states HOLDING and WAITING have one
         return self._let_through(self._held)
 
     def _let_through(self, event: ResponseHeaders) -> list[Effect]:
         self.route_state = RouteState.RESPONDING
-        self._status = status = event.status
+        self._status = self._status_of_decode = status = event.status
         self._response_headers_s = self._gateway.clock() - self._started_s
         headers: Headers = ()
         if self._scheduled:
@@ -330,14 +380,14 @@ class Exchange:
         if status >= 500:
             self._fail(Outcome.DECODE_FAILED, f"decode worker answered {status}")
             if self._scheduled:
-                # A 500 can be the echo of a prefill that broke: then both are avoided, and nobody's circuit counts it.
-                self._decode_failed = True if status in {502, 503} else None
+                self._decode_failed, self._decode_end = True, LegEnd.FAILED
                 self._blame_pair(self._scheduled)
                 headers = (*headers, (RETRY, "decode"))
         elif status >= 400:
             self._fail(Outcome.ENGINE_REJECTED, f"answered {status}")
+            self._decode_end = LegEnd.REJECTED
         else:
-            self._decode_failed = False
+            self._decode_failed, self._decode_end = False, LegEnd.OK
         answer = Answer(Phase.RESPONSE_HEADERS, set_headers=headers, remove_headers=reserved(event.headers))
         return [Send(Leg.ROUTE, answer), *(self._end_prefill("decode_failed") if status >= 400 else [])]
 
@@ -348,21 +398,57 @@ class Exchange:
 
     def _route_ended(self) -> list[Effect]:
         before, self.route_state = self.route_state, RouteState.OVER
-        if before not in {RouteState.RESPONDING, RouteState.CLOSING}:
+        self._ended_s = self._gateway.clock()
+        if before not in {RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING}:
             self._fail(Outcome.ABORTED, "the client left before the response")
         if self._scheduled is None:
             return [self._finish()]
-        self._gateway.table.release(self._scheduled.decode, self._decode_failed)
-        if self.prefill_state is PrefillState.EXPECTED:
-            self._end_prefill("gone")
-        if self.prefill_state is PrefillState.OVER:
-            return [self._finish()]
-        # After a normal end prefill has handed over the KV cache and only its answer is due. Whether the end was
-        # normal is not known once the response had begun: so prefill gets a moment, then it is ended.
-        well = before is RouteState.RESPONDING and self._outcome is Outcome.OK
-        if well and self.prefill_state is not PrefillState.CLOSING:
-            return [Wake(Leg.PREFILL, PREFILL_GRACE_S)]
-        return self._end_prefill("gone")
+        if before is RouteState.WAITING:  # the client left, or decode broke off: another attempt comes at once, if any
+            self._gateway.blame(self._request_id, self._scheduled.placement.decode.worker.name)
+        began_well = before is RouteState.RESPONDING and self._outcome is Outcome.OK
+        unsure = began_well or (before is RouteState.WAITING and self._outcome is Outcome.OK) or self._may_be_echo
+        self._gateway.table.release(self._scheduled.decode, self._decode_failed, judge=not unsure)
+        # After a normal end prefill has handed over the KV cache and only its answer is due; else it is of no use.
+        end_prefill = [] if began_well else self._end_prefill("gone")
+        if unsure:
+            self.route_state = RouteState.UNSURE
+            return [*end_prefill, Linger(VERDICT_S)]
+        return [*end_prefill, *self._conclude()]
+
+    def _broken(self, event: Broken) -> list[Effect]:
+        """Envoy tells why the route stream ended, or is about to."""
+        if self._outcome is not Outcome.OK or self.route_state not in BEGUN:
+            return []
+        if event.by_client:
+            when = "before" if self._response_headers_s is None else "during"
+            self._fail(Outcome.ABORTED, f"the client left {when} the response ({event.flags})")
+            self._decode_failed, self._decode_end = None, LegEnd.CANCELLED
+        else:
+            self._fail(Outcome.DECODE_FAILED, f"decode worker broke off the response ({event.flags})")
+            self._decode_failed, self._decode_end = True, LegEnd.FAILED
+        return self._settle() if self.route_state is RouteState.UNSURE else []
+
+    def _settle(self) -> list[Effect]:
+        """What is known of the end by now is all that will be."""
+        assert self._scheduled is not None  # noqa: S101 - state UNSURE has one
+        self.route_state = RouteState.OVER
+        if self._response_headers_s is None:
+            self._fail(Outcome.ABORTED, "the client left before the response")
+        return [*self._end_prefill("gone"), *self._conclude()]
+
+    def _conclude(self) -> list[Effect]:
+        both = self.route_state is RouteState.OVER and self.prefill_state is PrefillState.OVER
+        return [self._finish()] if both else []
+
+    @property
+    def _may_be_echo(self) -> bool:
+        """Whether a leg ended with what an engine answers when its partner breaks."""
+        return 500 in {self._status_of_prefill, self._status_of_decode}
+
+    def _judge_late(self, lease: Lease, failed: bool | None, partner: Lease) -> None:
+        """Let a worker's circuit count a failure, unless its partner has failed just now."""
+        echo = failed and self._may_be_echo and partner.state.circuit.last_failure_s > self._gateway.clock() - ECHO_S
+        self._gateway.table.judge(lease, None if echo else failed)
 
     def _refuse(self, error: RequestError) -> list[Effect]:
         """Answer the client with an error; the one place where typed errors become responses."""
@@ -387,8 +473,6 @@ class Exchange:
         match event, self.prefill_state:
             case Ended(), _:
                 return self._prefill_ended()
-            case Woken(), _:
-                return self._end_prefill("gone")
             case Trailers(), _:
                 return [Send(Leg.PREFILL, Answer(event.phase))]
             case _, PrefillState.CLOSING:  # crossed with our immediate response
@@ -421,15 +505,20 @@ class Exchange:
     def _prefill_answered(self, event: ResponseHeaders) -> list[Effect]:
         status = event.status
         self.prefill_state = PrefillState.ANSWERED
+        self._status_of_prefill = status
         self._prefill_failed = status >= 500 if not 400 <= status < 500 else None
+        self._prefill_end = LegEnd.FAILED if status >= 500 else LegEnd.OK
         if 400 <= status < 500:
-            self.prefill_state = PrefillState.REJECTED
+            self.prefill_state, self._prefill_end = PrefillState.REJECTED, LegEnd.REJECTED
         elif status == 200 and self._measured and is_readable(event.headers):
             self.prefill_state = PrefillState.COUNTED
         wanted = self.prefill_state is not PrefillState.ANSWERED
         go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=wanted))
-        self._status_of_prefill = status
-        return [go_on] if status < 500 else [go_on, *self._fail_prefill(f"answered {status}")]
+        if status >= 500:
+            return [go_on, *self._fail_prefill(f"answered {status}")]
+        if self.route_state is RouteState.WAITING and status < 400:
+            return [go_on, *self._respond_held()]
+        return [go_on]
 
     def _prefill_counted(self, body: bytes) -> list[Effect]:
         """All of prefill's answer is here: the work is done, and the next prompts are estimated better."""
@@ -444,8 +533,8 @@ class Exchange:
 
     def _pass_on_rejection(self, body: bytes) -> list[Effect]:
         """Prefill answered 4xx: the client gets the engine's own status and words, and no retry."""
-        if self.route_state not in {RouteState.DISPATCHED, RouteState.HOLDING}:
-            return self._fail_prefill(f"answered {self._status_of_prefill}")
+        if self.route_state not in UNANSWERED:
+            return []
         self._fail(Outcome.ENGINE_REJECTED, f"prefill worker answered {self._status_of_prefill}")
         self._status = self._status_of_prefill
         self.route_state = RouteState.CLOSING
@@ -453,10 +542,7 @@ class Exchange:
 
     def _fail_prefill(self, what: str) -> list[Effect]:
         assert self._scheduled is not None  # noqa: S101
-        if self.route_state not in {RouteState.DISPATCHED, RouteState.HOLDING, RouteState.RESPONDING}:
-            return []
-        if self.route_state is RouteState.RESPONDING and self._endpoint is not Endpoint.GENERATE:
-            # OpenAI's endpoints send headers with the first token: decode has the KV cache and needs prefill no more.
+        if self.route_state not in UNANSWERED:  # decode has the KV cache and needs prefill no more
             return []
         self._fail(Outcome.PREFILL_FAILED, f"prefill worker {what}")
         self._blame_pair(self._scheduled)
@@ -465,14 +551,15 @@ class Exchange:
 
     def _prefill_overdue(self) -> list[Effect]:
         """The prefill leg has not ended in time. Not retried: the next worker would be as long, or the client gone."""
-        waiting = self.route_state in {RouteState.DISPATCHED, RouteState.RESPONDING}
+        waiting = self.route_state in {*UNANSWERED, RouteState.RESPONDING}
         if not waiting or self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
             return []
         self._fail(Outcome.PREFILL_FAILED, "prefill did not end in time")
-        self._prefill_failed = True
         limit_s = self._gateway.config.prefill_timeout_secs
         error = PrefillTimeout(f"the prompt was not processed within {limit_s:g} s (prefill_timeout_secs)")
-        return [self._close_route(error), *self._end_prefill("prefill_timeout")]
+        effects = [self._close_route(error), *self._end_prefill("prefill_timeout")]
+        self._prefill_failed, self._prefill_end = True, LegEnd.FAILED
+        return effects
 
     def _prefill_ended(self) -> list[Effect]:
         before, self.prefill_state = self.prefill_state, PrefillState.OVER
@@ -480,14 +567,14 @@ class Exchange:
             self._prefill_s = self._gateway.clock() - self._dispatched_s
         assert self._scheduled is not None  # noqa: S101
         if before is PrefillState.SENT:
-            self._prefill_failed = True
-        self._gateway.table.release(self._scheduled.prefill, self._prefill_failed)
+            self._prefill_failed, self._prefill_end = True, LegEnd.FAILED
+        self._gateway.table.release(self._scheduled.prefill, self._prefill_failed, judge=not self._may_be_echo)
         effects: list[Effect] = []
         if before is PrefillState.SENT:
             effects = self._fail_prefill("closed the connection without an answer")
         elif before is PrefillState.REJECTED:
             effects = self._pass_on_rejection(b"")
-        return [*effects, self._finish()] if self.route_state is RouteState.OVER else effects
+        return [*effects, *self._conclude()]
 
     def _end_prefill(self, details: str) -> list[Effect]:
         """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
@@ -495,6 +582,8 @@ class Exchange:
             self.prefill_state = PrefillState.OVER  # its stream may still come; then it is refused
         if self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
             return []
+        if self.prefill_state is PrefillState.SENT:
+            self._prefill_end = LegEnd.CANCELLED
         self.prefill_state = PrefillState.CLOSING
         return [Send(Leg.PREFILL, Immediate(499, (), b"", details))]
 
@@ -506,10 +595,11 @@ class Exchange:
             self._outcome, self._reason = outcome, reason
 
     def _finish(self) -> Finished:
-        if self._scheduled:
-            self._gateway.table.release(self._scheduled.prefill, self._prefill_failed)
-            self._gateway.table.release(self._scheduled.decode, self._decode_failed)
-            self._gateway.closed(self._scheduled.placement.room)
+        if scheduled := self._scheduled:
+            self._gateway.table.release(scheduled.prefill, self._prefill_failed, judge=False)
+            self._judge_late(scheduled.prefill, self._prefill_failed, scheduled.decode)
+            self._judge_late(scheduled.decode, self._decode_failed, scheduled.prefill)
+            self._gateway.closed(scheduled.placement.room)
         return Finished(
             outcome=self._outcome,
             status=self._status,
@@ -521,10 +611,12 @@ class Exchange:
             direct_worker=self._direct_worker,
             batch_size=self._batch_size,
             prompt_tokens=self._prompt_tokens,
-            duration_s=self._gateway.clock() - self._started_s,
+            duration_s=(self._ended_s or self._gateway.clock()) - self._started_s,
             decision_s=self._decision_s,
             response_headers_s=self._response_headers_s,
             prefill_s=self._prefill_s,
+            prefill_end=self._prefill_end if self._scheduled else None,
+            decode_end=self._decode_end if self._scheduled else None,
             counted_tokens=self._counted_tokens,
             explanation=self._scheduled.explanation if self._scheduled else None,
         )

@@ -1,8 +1,8 @@
 """The load table: every worker and DP rank with what is charged to it and what it reported.
 
 The only shared mutable state of the service. No I/O, no clock of its own; one event loop and no `await` inside, so no
-locks: a pick and its charge are one step. Only writers: `worker_changed` (health, discovery), `observe` (scrapes),
-`charge` and `release` (exchanges).
+locks: a pick and its charge are one step. Only writers: `worker_changed` (health, discovery), `set_draining`
+(operators), `observe` (scrapes), `charge` and `release` (exchanges).
 """
 
 import math
@@ -95,6 +95,8 @@ class WorkerState:
     worker: Worker
     circuit: Circuit
     healthy: bool = False
+    draining: bool = False
+    """An operator wants it to get no new requests. Stays until that is undone, whatever becomes of the worker."""
     ranks: list[RankState] = field(default_factory=list)
     in_flight: int = 0
     """Legs on this worker that have not ended."""
@@ -114,6 +116,8 @@ class Lease:
     after: "Lease | None" = None
     """Decode: the prefill leg's lease, whose release is about when the first token is out."""
     max_output: float = math.inf
+    judged: bool = False
+    """The worker's circuit has heard of it."""
 
     @property
     def released(self) -> bool:
@@ -140,6 +144,7 @@ class LoadTable:
         """One line a rank; what a person wants to see in a failing test."""
         lines = [
             f"{state.worker.role} {name}/{rank.dp_rank} {'up' if state.healthy else 'down'}"
+            f"{' draining' if state.draining else ''}"
             f" scraped={rank.scraped and rank.scraped.used_tokens} charged={rank.charged_tokens:g}"
             f" outstanding={rank.outstanding_tokens:g}/{rank.outstanding_requests}"
             for name, state in self._states.items()
@@ -153,7 +158,7 @@ class LoadTable:
         return list(self._states.values())
 
     def eligible(self, role: Role) -> Sequence[WorkerState]:
-        """The workers of a role that may be picked: healthy, their address is known, their circuit lets it through.
+        """The workers of a role that may be picked: healthy, not draining, address known, circuit not open.
 
         The same list object until that changes.
         """
@@ -174,11 +179,20 @@ class LoadTable:
         # Ranks that remain keep their charges; leases on vanished ranks release into nothing.
         del state.ranks[worker.rank_count :]
         state.ranks.extend(RankState(dp_rank, worker.role) for dp_rank in range(len(state.ranks), worker.rank_count))
-        role = worker.role
+        self._refresh_eligible(worker.role)
+
+    def set_draining(self, worker_name: str, draining: bool) -> WorkerState:
+        """Let a worker get no new requests, or get them again; what runs goes on. Raises KeyError if there is none."""
+        state = self._states[worker_name]
+        state.draining = draining
+        self._refresh_eligible(state.worker.role)
+        return state
+
+    def _refresh_eligible(self, role: Role) -> None:
         self._eligible[role] = [
-            other
-            for other in self._states.values()
-            if other.worker.role is role and other.healthy and other.worker.endpoint
+            state
+            for state in self._states.values()
+            if state.worker.role is role and state.healthy and not state.draining and state.worker.endpoint
         ]
 
     def observe(self, worker_name: str, loads: Sequence[RankLoad], at_s: float) -> None:
@@ -261,17 +275,18 @@ class LoadTable:
         state.circuit.sent()
         return lease
 
-    def release(self, lease: Lease, failed: bool | None = False) -> None:
+    def release(self, lease: Lease, failed: bool | None = False, *, judge: bool = True) -> None:
         """Give a lease back; a second time does nothing.
 
         `failed`: the worker's own failure, which its circuit breaker counts; None: neither that nor work done (the
-        client left, the other leg failed, the request was rejected).
+        client left, the other leg failed, the request was rejected). Without `judge` the verdict is still to come.
         """
         if lease.released:
             return
         lease.released_at_s = now_s = self.clock()
         rank = lease.rank
-        self._judge(lease.state, failed, now_s)
+        if judge:
+            self.judge(lease, failed)
         if lease.after is not None and failed is False:
             self._learn_output(lease, lease.after.released_at_s)
         lease.after = None
@@ -290,6 +305,18 @@ class LoadTable:
         rank.changes.append((now_s, -lease.tokens))
         lease.state.in_flight -= 1
 
+    def judge(self, lease: Lease, failed: bool | None) -> None:
+        """Tell the worker's circuit breaker how a leg ended; a second time does nothing."""
+        if lease.judged:
+            return
+        lease.judged = True
+        state = lease.state
+        state.circuit.ended(failed, self.clock())
+        if state.circuit.state is CircuitState.CLOSED:
+            self._tripped.discard(state)
+        else:
+            self._tripped.add(state)
+
     def expected_output(self, max_output_tokens: float, prompts: int) -> float:
         """What a request is likely to generate, all its prompts together, when it may generate so much at most."""
         mean = DEFAULT_OUTPUT_TOKENS if self.output_tokens is None else self.output_tokens
@@ -304,13 +331,6 @@ class LoadTable:
         if tokens >= 1:  # less was not an output but a failure
             known = self.output_tokens
             self.output_tokens = tokens if known is None else known + LEARN * (tokens - known)
-
-    def _judge(self, state: WorkerState, failed: bool | None, now_s: float) -> None:
-        state.circuit.ended(failed, now_s)
-        if state.circuit.state is CircuitState.CLOSED:
-            self._tripped.discard(state)
-        else:
-            self._tripped.add(state)
 
     def _new_state(self, worker: Worker) -> WorkerState:
         ranks = [RankState(dp_rank, worker.role) for dp_rank in range(worker.rank_count)]

@@ -65,6 +65,9 @@ def mutate(request: GenerationRequest, placement: Placement, body: bytes) -> Mut
     # A field that the client set and we do not is overridden with null, which an engine takes for absent.
     fields = dict.fromkeys(request.client_fields) | bootstrap
     prefill_fields = fields | _rank("routed_dp_rank", prefill)
+    if request.streams:
+        # A prefill engine has one token to stream, and once a stream has begun it cannot answer with an error status.
+        prefill_fields |= {"stream": False, "stream_options": None}
     decode_fields = fields | _rank("routed_dp_rank", decode) | _rank("disagg_prefill_dp_rank", prefill)
     return Mutation(
         headers=request_headers(placement),
@@ -106,6 +109,11 @@ def explaining_headers(explanation: Explanation) -> Headers:
 def reserved(names: Iterable[str]) -> tuple[str, ...]:
     """Those of a request's header names (lower case, as Envoy gives them) that a client may not set."""
     return tuple(name for name in names if name.startswith(RESERVED_PREFIXES) or name in RESERVED_NAMES)
+
+
+def is_room(value: str) -> bool:
+    """Whether a header's value can be a room: a number of at most 63 bits, and not one that takes long to read."""
+    return value.isdecimal() and len(value) < 20
 
 
 def splice(body: bytes, fields: dict[str, object]) -> bytes:

@@ -72,6 +72,7 @@ class _Body(msgspec.Struct):
 
     model: str | None = None
     n: int | None = None
+    stream: Raw = Raw()
     sampling_params: Raw = Raw()
     max_tokens: Raw = Raw()
     max_completion_tokens: Raw = Raw()
@@ -121,9 +122,11 @@ class GenerationRequest:
     prompt: memoryview = field(default=memoryview(b""), compare=False, repr=False)
     """The prompt or messages as they stand in the body: JSON, undecoded. Equal prompts have equal bytes."""
     routing_key: str = ""
+    """What the client wants requests of a kind to stick by (header ROUTING_KEY); empty: nothing."""
     measured: Prompt | None = None
     """What the estimate was made from; None where the tokens are `input_ids`, and there is nothing to learn."""
-    """What the client wants requests of a kind to stick by (header ROUTING_KEY); empty: nothing."""
+    streams: bool = False
+    """The client set `stream`, and not to false."""
 
 
 def split_path(target: str) -> str:
@@ -192,6 +195,7 @@ def parse(
         batch_size=measured.prompts,
         prompt_tokens=tokens,
         max_output_tokens=output_tokens * measured.prompts,
+        streams=bytes(fields.stream) not in {b"", b"false", b"null"},
         client_fields=tuple(name for name in ROUTING_FIELDS if getattr(fields, name)),
         prompt=memoryview(prompt),
         routing_key=routing_key,

@@ -39,17 +39,24 @@ class Scheduler:
         self._recorder = Recorder(self.loads) if config.explain else None
         context = PolicyContext(config, self._recorder or self.loads, rng, table.clock)
         self._table = table
+        self._most_in_flight = config.max_concurrent_requests
         self._max_requests = config.max_worker_requests
         self._max_tokens = config.max_rank_tokens
         self._rooms = Rooms(rng)
         self._workers = {role: make_worker_policy(config.worker_policy(role), context) for role in Role}
         self._ranks = {role: make_rank_policy(config.rank_policy(role), context) for role in Role}
+        self._closed = False
+
+    def close(self) -> None:
+        """Pick nothing more: NoWorker for whatever comes now."""
+        self._closed = True
 
     def place(self, request: GenerationRequest, *, avoid: Collection[str] = ()) -> Scheduled:
         """Place a request and charge it. `avoid`: names of workers that failed it before, used only as a last resort.
 
         Raises NoWorker when a role has no healthy worker, Overloaded when it has no room; then nothing is charged.
         """
+        self._check_concurrency()
         recorder = self._recorder
         prefill, prefill_rank = self._pick(Role.PREFILL, request, avoid)
         compared = recorder.take() if recorder else ()
@@ -84,14 +91,27 @@ class Scheduler:
 
     def check_available(self) -> None:
         """Raise NoWorker or Overloaded unless both roles have a healthy worker that may be sent something."""
+        self._check_concurrency()
         for role in Role:
             self._candidates(role)
 
+    def _check_concurrency(self) -> None:
+        """Raise Overloaded when as many requests are in flight as may be; one is until its decode leg ends."""
+        if self._most_in_flight <= 0:
+            return
+        in_flight = sum(state.in_flight for state in self._table.states if state.worker.role is Role.DECODE)
+        if in_flight >= self._most_in_flight:
+            raise Overloaded(f"{in_flight} requests are in flight, as many as may be: try again later")
+
     def _candidates(self, role: Role, avoid: Collection[str] = ()) -> Sequence[WorkerState]:
+        if self._closed:
+            raise NoWorker("this gateway is stopping: try again")
         states = self._table.eligible(role)
         if not states:
-            known = sum(state.worker.role is role for state in self._table.states)
-            raise NoWorker(f"no healthy {role} worker ({known} configured): try again later")
+            known = [state for state in self._table.states if state.worker.role is role]
+            draining = sum(state.draining for state in known)
+            counts = f"{len(known)} configured, {draining} draining" if draining else f"{len(known)} configured"
+            raise NoWorker(f"no healthy {role} worker ({counts}): try again later")
         if self._max_requests is not None:
             states = [state for state in states if state.in_flight < self._max_requests]
             if not states:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -26,7 +27,7 @@ FIRST_SCRAPE_WITHIN_S = 1.0
 """First scrapes are spread over this time (or one interval, if shorter): soon, but not all workers in one instant."""
 
 Headers = Callable[[str], Mapping[str, str]]
-"""Worker name -> headers for requests to it (a bearer token, say)."""
+"""Worker name -> headers for requests to its host (a bearer token, say)."""
 
 
 class LoadSink(Protocol):
@@ -152,19 +153,21 @@ class Scraper:
         headers = self._headers(target.name)
         if preferred is not None:
             try:
-                return await self._read((preferred,), headers)
+                return await self._read(target, (preferred,), headers)
             except FetchError as error:
                 others = tuple(url for url in target.urls if url != preferred)
                 if not others:
                     raise
                 try:
-                    return await self._read(others, headers)
+                    return await self._read(target, others, headers)
                 except FetchError as more:
                     raise FetchError(f"{error}; {more}") from more
-        return await self._read(target.urls, headers)
+        return await self._read(target, target.urls, headers)
 
-    async def _read(self, urls: Iterable[str], headers: Mapping[str, str]) -> Scrape:
-        return await read_loads(self._client, urls, timeout_s=self._timeout_s, headers=headers, clock=self._clock)
+    async def _read(self, target: ScrapeTarget, urls: Iterable[str], headers: Mapping[str, str]) -> Scrape:
+        return await read_loads(
+            self._client, urls, timeout_s=self._timeout_s, worker=target.name, headers=headers, clock=self._clock
+        )
 
 
 async def read_loads(
@@ -172,19 +175,23 @@ async def read_loads(
     urls: Iterable[str],
     *,
     timeout_s: float,
+    worker: str = "",
     headers: Mapping[str, str] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scrape:
     """The first page of `urls` that has used tokens; else the first that has any figures.
 
-    Each URL gets `timeout_s` of its own. Raises FetchError, naming what was wrong with each, when none has figures.
+    Each URL gets `timeout_s` of its own. `headers` go to the host of `worker` (`host:port`) only: a key is for the
+    engine, not for whoever else keeps its figures. Raises FetchError, naming what was wrong with each, when none has
+    figures.
     """
     partial: Scrape | None = None
     wrong = list[str]()
     for url in urls:
         at_s = clock()
         try:
-            scrape = Scrape(url, await _loads_at(client, url, timeout_s, headers), at_s)
+            own = headers if urlsplit(url).hostname == urlsplit(f"//{worker}").hostname else None
+            scrape = Scrape(url, await _loads_at(client, url, timeout_s, own), at_s)
         except FetchError as error:
             wrong.append(f"{url}: {error}")
             continue

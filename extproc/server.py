@@ -5,17 +5,21 @@ Everything that is shared is made here and passed in; nothing else in the packag
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from extproc import wire
+from extproc import unix_socket, wire
 from extproc.config import Config
+from extproc.discovery.api_keys import ApiKeys
 from extproc.discovery.fetch import make_client
-from extproc.discovery.health import HealthMonitor
+from extproc.discovery.health import HealthMonitor, entries
 from extproc.errors import ConfigError
 from extproc.estimate import TokenEstimator
 from extproc.exchange import Gateway
@@ -27,13 +31,17 @@ from extproc.service import ExternalProcessor, make_server
 from extproc.status import StatusServer
 from extproc.table_view import describe_table
 from extproc.telemetry import Telemetry
+from extproc.tls import server_certificates
 from extproc.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 LIVENESS, READINESS = "liveness", "readiness"
 """gRPC health services, besides the processor's own name and the empty one (endpoint-picker protocol 004)."""
 
-STOP_GRACE_S = 5.0
-"""How long streams may go on after a stop was asked for."""
+MEET_S = 0.25
+"""From the last placement to the end of new streams: the prefill stream of a placed request comes within milliseconds,
+and were it refused, the decode engine would wait for nobody. A busy machine takes longer."""
 
 Clock = Callable[[], float]
 
@@ -56,38 +64,64 @@ class Service:
         config: Config,
         *,
         grpc_target: str | None = None,
+        awaits_envoy: bool = False,
         rng: random.Random | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`grpc_target`: listen there instead of `grpc_host:grpc_port`. Raises ConfigError."""
+        """`grpc_target`: listen there instead of `grpc_host:grpc_port`. `awaits_envoy`: not ready until `envoy_serves`.
+
+        Raises ConfigError.
+        """
         self.config = config
         self.table = LoadTable(config.workers(), clock, config.circuit_limits())
+        for role, entry in entries(config):
+            if entry.draining:
+                self.table.set_draining(entry.to_worker(role).name, True)
         self.scheduler = Scheduler(config, self.table, rng or random.Random())
         count = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
         self.gateway = Gateway(config, self.table, self.scheduler, clock, TokenEstimator(count))
         self.telemetry = Telemetry(self.table, clock, lambda: self.gateway.open_rooms)
         self.processor = ExternalProcessor(self.gateway, self.telemetry.finished)
         self._clock = clock
-        self._grpc_target = grpc_target or f"{config.grpc_host}:{config.grpc_port}"
+        self._grpc_target = grpc_target or (
+            f"unix:{config.grpc_uds}" if config.grpc_uds else f"{config.grpc_host}:{config.grpc_port}"
+        )
+        self._certificates = server_certificates(config)
+        self._api_keys = ApiKeys(config)
         self._health = health.aio.HealthServicer()
         self._readiness: asyncio.Future[None] | None = None
+        self._awaits_envoy = awaits_envoy
         self._leaving = False
+        self._server: grpc.aio.Server | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether there is a healthy worker of either role, and the service is not about to end."""
-        return not self._leaving and all(self.table.eligible(role) for role in Role)
+    def not_ready(self) -> str:
+        """Why no requests should come here: it is about to end, or a role has no worker to pick. Empty: they may."""
+        if self._leaving:
+            return "stopping"
+        if self._awaits_envoy:
+            return "Envoy is not up yet"
+        if all(self.table.eligible(role) for role in Role):
+            return ""
+        draining = sum(state.draining for state in self.table.states)
+        return "no healthy pair of prefill and decode workers" + (f" ({draining} draining)" if draining else "")
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Addresses]:
-        """Serve while the context is open; a background task that dies ends it. Raises ConfigError."""
+        """Serve while the context is open; a background task that dies ends it. Raises ConfigError.
+
+        Streams that are open at its end are cut off: `leave`, `close` and wait for the `processor` to be idle before.
+        """
         config = self.config
         status = StatusServer(
             config.prometheus_host,
             config.prometheus_port,
-            self.telemetry.registry,
-            lambda: self.ready,
-            lambda: describe_table(config, self.table, self.scheduler.loads, self.gateway.estimator),
+            registry=self.telemetry.registry,
+            not_ready=lambda: self.not_ready,
+            loads=lambda: describe_table(config, self.table, self.scheduler.loads, self.gateway.estimator),
+            workers=lambda: self.table.states,
+            set_draining=self.set_draining,
         )
         client = make_client(keepalive_s=2 * max(config.worker_load_check_interval, config.health_check_interval_secs))
         scraper = Scraper(
@@ -95,10 +129,11 @@ class Service:
             self,
             interval_s=config.worker_load_check_interval,
             timeout_s=config.worker_load_check_timeout,
+            headers=self._api_keys.headers,
             clock=self._clock,
         )
         scraper.set_workers(scrape_targets(config))
-        monitor = HealthMonitor(config, client, self, clock=self._clock)
+        monitor = HealthMonitor(config, client, self, headers=self._api_keys.headers, clock=self._clock)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(client)
             status_url = await status.start()
@@ -118,21 +153,63 @@ class Service:
         for name in ("", LIVENESS, wire.SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
-        try:
-            port = server.add_insecure_port(self._grpc_target)
-        except RuntimeError:
-            raise ConfigError(f"--grpc-port: cannot listen on {self._grpc_target}: is it in use?") from None
+        port = self._bind(server, stack)
         await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE_S)
+        self._server = server
+        stack.push_async_callback(server.stop, None)
         stack.push_async_callback(self._health.enter_graceful_shutdown)
         if self._grpc_target.startswith("unix:"):
             return self._grpc_target
         return f"{self._grpc_target.rpartition(':')[0]}:{port}"
 
+    def _bind(self, server: grpc.aio.Server, stack: contextlib.AsyncExitStack) -> int:
+        """Add the port or unix socket that Envoy asks at. Returns the port; raises ConfigError."""
+        target = self._grpc_target
+        try:
+            if target.startswith("unix:"):
+                path = Path(target.removeprefix("unix:"))
+                stack.enter_context(unix_socket.bound(path, lambda: server.add_insecure_port(target)))
+                return 0
+            if self._certificates:
+                return int(server.add_secure_port(target, self._certificates.credentials))
+            return int(server.add_insecure_port(target))
+        except RuntimeError:
+            flag = "--grpc-uds" if target.startswith("unix:") else "--grpc-port"
+            raise ConfigError(f"{flag}: cannot listen on {target}: is it in use?") from None
+
+    def envoy_serves(self) -> None:
+        """The Envoy in front is up."""
+        self._awaits_envoy = False
+        self._tell_readiness()
+
     async def leave(self) -> None:
         """Say to health checks that no more requests are wanted; the service still serves those that come."""
         self._leaving = True
         await self._health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def close(self) -> None:
+        """Take no new streams; those that are open go on. For the time after `leave`.
+
+        The port is free at once, and connections get a GOAWAY: for new requests Envoy connects anew, to another address
+        of the cluster or to the next process on this one. Until there is one it answers 503 with `retry-after`.
+        """
+        if self._server is None or self._closing:
+            return
+        # First nothing new is placed (503 with `retry-after`, too), as both streams of a request have to come here.
+        self.scheduler.close()
+        if self.processor.open_streams:
+            await asyncio.sleep(MEET_S)
+        await self._health.enter_graceful_shutdown()
+        # In a task: it waits for the open streams, of health watches as well.
+        self._closing = asyncio.create_task(self._server.stop(self.config.shutdown_grace_period_secs))
+        await asyncio.sleep(0)  # lets it begin
+
+    def set_draining(self, worker_name: str, draining: bool) -> None:
+        """Let a worker get no new requests, or get them again. Raises KeyError for no such worker."""
+        state = self.table.set_draining(worker_name, draining)
+        what = "draining: it gets no new requests" if draining else "not draining any more"
+        logger.info("%s worker %s is %s (%d in flight)", state.worker.role, worker_name, what, state.in_flight)
+        self._tell_readiness()
 
     # What the scraper and the health monitor report to
 
@@ -148,6 +225,10 @@ class Service:
     def worker_changed(self, worker: Worker, healthy: bool, reason: str | None) -> None:
         """A worker came up, went down, or is known better."""
         self.table.worker_changed(worker, healthy, reason)
-        status = health_pb2.HealthCheckResponse.SERVING if self.ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        self._tell_readiness()
+
+    def _tell_readiness(self) -> None:
+        answer = health_pb2.HealthCheckResponse
+        status = answer.NOT_SERVING if self.not_ready else answer.SERVING
         # A coroutine in grpcio, though it only wakes watchers. Held, as the event loop keeps weak references.
         self._readiness = asyncio.ensure_future(self._health.set(READINESS, status))

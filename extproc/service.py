@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from extproc import wire
-from extproc.events import Effect, Ended, Event, Finished, Leg, Reply, RequestHeaders, Send, Wake, Woken
+from extproc.events import Effect, Ended, Event, Finished, Leg, Linger, Reply, RequestHeaders, Send, Wake, Woken
 from extproc.exchange import Exchange, Gateway, ProtocolViolation, refuse_prefill
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,14 @@ class Context(Protocol):
 
 
 class ExternalProcessor:
-    """Serves `envoy.service.ext_proc.v3.ExternalProcessor` with exchanges."""
+    """Serves `envoy.service.ext_proc.v3.ExternalProcessor` with exchanges; hears of broken ones by the access log."""
 
     def __init__(self, gateway: Gateway, finished: Callable[[Finished], None]) -> None:
         """`finished` is told of every attempt that is over."""
         self._gateway = gateway
         self._finished = finished
         self._streams: dict[tuple[Exchange, Leg], _Stream] = {}
+        self._lingering: dict[Exchange, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -58,13 +59,30 @@ class ExternalProcessor:
         return len(self._streams)
 
     async def idle(self) -> None:
-        """Return when no stream is open."""
+        """Return when every exchange has finished."""
         await self._idle.wait()
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> Sequence[grpc.GenericRpcHandler]:
         """What to add to a server. Without (de)serialisers: `wire` does that."""
         process = grpc.stream_stream_rpc_method_handler(self.process)
-        return grpc.method_handlers_generic_handler(wire.SERVICE, {"Process": process})
+        access_log = grpc.stream_stream_rpc_method_handler(self.read_access_log)
+        return (
+            grpc.method_handlers_generic_handler(wire.SERVICE, {"Process": process}),
+            grpc.method_handlers_generic_handler(wire.ACCESS_LOG_SERVICE, {"StreamAccessLogs": access_log}),
+        )
+
+    async def read_access_log(self, _requests: object, context: Context) -> None:
+        """The access log of one of an Envoy's threads, while both live; of `il_pd`, and only what has response flags."""
+        stream = _Stream(context)
+        try:
+            while (data := await stream.read()) is not None:
+                for room, broken in wire.decode_access_log(data):
+                    exchange = self._gateway.broken(room)
+                    if exchange is not None:
+                        self._apply_all(exchange, exchange.route(broken))
+        except wire.WireError as error:
+            logger.warning("access log: %s", error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def process(self, _requests: object, context: Context) -> None:
         """One stream, from its first message to its end."""
@@ -107,8 +125,7 @@ class ExternalProcessor:
             del self._streams[exchange, leg]
             stream.close()
             self._apply(exchange, leg, take(Ended()))
-            if not self._streams:
-                self._idle.set()
+            self._note_idle()
 
     def _apply(self, exchange: Exchange, leg: Leg, effects: Iterable[Effect]) -> list[Reply]:
         """Do what can be done at once; returns the replies for the leg's own stream.
@@ -128,9 +145,28 @@ class ExternalProcessor:
                     if stream is not None:
                         timer = asyncio.get_running_loop().call_later(after_s, self._wake, exchange, to)
                         stream.timers.append(timer)
+                case Linger(after_s):
+                    timer = asyncio.get_running_loop().call_later(after_s, self._settle, exchange)
+                    self._lingering[exchange] = timer
                 case Finished():
+                    if exchange in self._lingering:
+                        self._lingering.pop(exchange).cancel()
                     self._finished(effect)
         return own
+
+    def _apply_all(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
+        """Apply what comes of an event that is no stream's own."""
+        for reply in self._apply(exchange, Leg.ROUTE, effects):
+            self._write_soon(exchange, Leg.ROUTE, reply)
+        self._note_idle()
+
+    def _settle(self, exchange: Exchange) -> None:
+        self._lingering.pop(exchange, None)
+        self._apply_all(exchange, exchange.route(Woken()))
+
+    def _note_idle(self) -> None:
+        if not self._streams and not self._lingering:
+            self._idle.set()
 
     def _write_soon(self, exchange: Exchange, leg: Leg, reply: Reply) -> None:
         stream = self._streams.get((exchange, leg))
@@ -177,7 +213,7 @@ class _Stream:
                 return
             try:
                 await self._context.write(data)
-            except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.RpcError) as error:
+            except Exception as error:  # noqa: BLE001 - grpcio raises several, some of which it does not export
                 # The HTTP request ended while the answer was on its way: its stream's own end does the rest.
                 logger.debug("a reply came too late: %s", error)
 
@@ -192,5 +228,5 @@ def make_server(processor: ExternalProcessor, max_payload_bytes: int) -> grpc.ai
         ("grpc.so_reuseport", 0),
     ]
     server = grpc.aio.server(options=options)
-    server.add_generic_rpc_handlers((processor.handler(),))
+    server.add_generic_rpc_handlers(processor.handlers())
     return server

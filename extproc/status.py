@@ -1,9 +1,11 @@
-"""The service's own HTTP port: its metrics, the load table, and whether it lives and is ready.
+"""The service's own HTTP port: its metrics, the load table, whether it lives and is ready, and which workers drain.
 
-Shell. Not on the data path; Envoy never asks here.
+Shell. Not on the data path; Envoy never asks here. What changes something is for callers on this host only, as the port
+is often opened for the sake of its metrics.
 """
 
-from collections.abc import Callable
+import ipaddress
+from collections.abc import Callable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -11,30 +13,48 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from extproc.errors import ConfigError
+from extproc.load import WorkerState
+from extproc.table_view import describe_state
+
+DRAIN_PATH = "/workers/{role}/{name}/drain"
+"""A resource that is there while the worker drains: PUT makes it, DELETE ends it, both as often as one likes. All three
+methods answer with the worker's state. The name is `host:port`, as in the configuration."""
 
 
 class StatusServer:
-    """Serves `/metrics`, `/debug/loads`, `/health` (it lives) and `/ready` (a pair of workers is healthy)."""
+    """Serves `/metrics`, `/debug/loads`, `/health` (it lives), `/ready` (requests may come), `/workers` and
+    `DRAIN_PATH`."""
 
     def __init__(
         self,
         host: str,
         port: int,
+        *,
         registry: CollectorRegistry,
-        ready: Callable[[], bool],
+        not_ready: Callable[[], str],
         loads: Callable[[], object],
+        workers: Callable[[], Sequence[WorkerState]],
+        set_draining: Callable[[str, bool], None],
     ) -> None:
-        """`loads`: what `/debug/loads` shows, as JSON."""
+        """`not_ready`: why no requests should come, empty when they may. `loads`: what `/debug/loads` shows, as JSON.
+
+        `set_draining` takes the name of one of the `workers`.
+        """
         self._host = host
         self._port = port
         self._registry = registry
-        self._ready = ready
+        self._not_ready = not_ready
         self._loads = loads
+        self._workers = workers
+        self._set_draining = set_draining
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/debug/loads", self._debug_loads)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._readiness)
+        app.router.add_get("/workers", self._list_workers)
+        for method in ("GET", "PUT", "DELETE"):
+            app.router.add_route(method, DRAIN_PATH, self._drain)
         self._runner = web.AppRunner(app, access_log=None)
 
     async def start(self) -> str:
@@ -57,12 +77,39 @@ class StatusServer:
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _debug_loads(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self._loads()), content_type="application/json")
+        return _json(self._loads())
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def _readiness(self, _: web.Request) -> web.Response:
-        if self._ready():
-            return web.Response(text="ok\n")
-        return web.Response(status=503, text="no healthy pair of prefill and decode workers\n")
+        reason = self._not_ready()
+        return web.Response(status=503, text=f"{reason}\n") if reason else web.Response(text="ok\n")
+
+    async def _list_workers(self, _: web.Request) -> web.Response:
+        return _json({"workers": [describe_state(state) for state in self._workers()]})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        role, name = request.match_info["role"], request.match_info["name"]
+        state = next((each for each in self._workers() if (each.worker.role, each.worker.name) == (role, name)), None)
+        if state is None:
+            return _json({"error": f"no {role} worker {name}: GET /workers lists them"}, status=404)
+        if request.method != "GET":
+            if not _is_local(request.remote):
+                return _json({"error": "only from this host: changes are taken on the loopback interface"}, status=403)
+            self._set_draining(name, request.method == "PUT")
+        return _json(describe_state(state))
+
+
+def _json(content: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(content), content_type="application/json")
+
+
+def _is_local(remote: str | None) -> bool:
+    """Whether a peer's address is of the loopback interface; one that listens on `::` sees IPv4 peers mapped."""
+    try:
+        address = ipaddress.ip_address(remote or "")
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

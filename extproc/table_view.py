@@ -38,16 +38,25 @@ def describe_table(config: Config, table: LoadTable, loads: LoadModel, estimator
     }
 
 
-def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, object]:
+def describe_state(state: WorkerState) -> dict[str, object]:
+    """One worker as `/workers` shows it: may it be picked, and what is still on it."""
     worker = state.worker
     return {
         "worker": worker.name,
         "role": worker.role,
         "healthy": state.healthy,
+        "draining": state.draining,
+        "in_flight": state.in_flight,
+    }
+
+
+def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, object]:
+    worker = state.worker
+    return {
+        **describe_state(state),
         "endpoint": worker.endpoint,
         "model": worker.model,
         "dp_size": worker.dp_size,
-        "in_flight": state.in_flight,
         "engine_clock_s": state.engine_clock_s,
         "ranks": [
             _rank(rank, load_tokens, now_s)

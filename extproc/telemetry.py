@@ -42,6 +42,18 @@ class Telemetry:
             ["endpoint", "outcome", "status"],
             registry=registry,
         )
+        self._legs = Counter(
+            "extproc_legs_ended",
+            "Legs of attempts that ended, by how. Of an attempt, only the leg that failed is `failed`.",
+            ["role", "worker", "end"],
+            registry=registry,
+        )
+        self._retries = Counter(
+            "extproc_retries",
+            "Attempts beyond the first at a request, by their outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         self._decision = Histogram(
             "extproc_decision_seconds",
             "From a request's body to its placement and new bodies.",
@@ -84,6 +96,11 @@ class Telemetry:
     def finished(self, record: Finished) -> None:
         """An attempt is over."""
         self._attempts.labels(record.endpoint, record.outcome, record.status).inc()
+        if record.attempt > 1:
+            self._retries.labels(record.outcome).inc()
+        if record.placement and record.prefill_end and record.decode_end:
+            self._legs.labels("prefill", record.placement.prefill.worker.name, record.prefill_end).inc()
+            self._legs.labels("decode", record.placement.decode.worker.name, record.decode_end).inc()
         if record.decision_s is not None:
             self._decision.observe(record.decision_s)
         if record.counted_tokens:
@@ -123,6 +140,8 @@ def log_line(record: Finished) -> str:
         pairs["decode"] = record.direct_worker
     if record.counted_tokens:
         pairs["counted"] = record.counted_tokens
+    if record.placement:
+        pairs |= {"prefill_end": record.prefill_end, "decode_end": record.decode_end}
     times = {"response_headers": record.response_headers_s, "prefill": record.prefill_s, "duration": record.duration_s}
     pairs |= {f"{name}_ms": f"{seconds * 1e3:.1f}" for name, seconds in times.items() if seconds is not None}
     if record.explanation:
@@ -148,7 +167,8 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """All gauges, as they are now. A figure that is not known has no sample."""
         by_worker, by_rank = ["role", "worker"], ["role", "worker", "dp_rank"]
-        healthy = GaugeMetricFamily("extproc_worker_healthy", "1: may be picked.", labels=by_worker)
+        healthy = GaugeMetricFamily("extproc_worker_healthy", "1: its health checks pass.", labels=by_worker)
+        draining = GaugeMetricFamily("extproc_worker_draining", "1: gets no new requests.", labels=by_worker)
         circuit = GaugeMetricFamily("extproc_circuit_open", "0: closed, 0.5: half open, 1: open.", labels=by_worker)
         legs = GaugeMetricFamily("extproc_legs_in_flight", "Legs that have not ended.", labels=by_worker)
         age = GaugeMetricFamily("extproc_scrape_age_seconds", "Age of a rank's last figures.", labels=by_rank)
@@ -159,6 +179,7 @@ class _Gauges(Collector):
         for state in self._table.states:
             worker = [state.worker.role, state.worker.name]
             healthy.add_metric(worker, float(state.healthy))
+            draining.add_metric(worker, float(state.draining))
             legs.add_metric(worker, state.in_flight)
             circuit.add_metric(worker, CIRCUIT_LEVELS[state.circuit.state])
             for rank in state.ranks:
@@ -169,7 +190,7 @@ class _Gauges(Collector):
                     scraped.add_metric(labels, rank.scraped.used_tokens)
                 if rank.scraped_at_s is not None:
                     age.add_metric(labels, now_s - rank.scraped_at_s)
-        yield from (healthy, circuit, legs, age, scraped, charged, ledger)
+        yield from (healthy, draining, circuit, legs, age, scraped, charged, ledger)
         exchanges = GaugeMetricFamily("extproc_open_exchanges", "Placed requests that have not ended.")
         exchanges.add_metric([], self._open_exchanges())
         yield exchanges

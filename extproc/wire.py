@@ -4,10 +4,12 @@ Messages: `envoy.service.ext_proc.v3.ProcessingRequest` and `ProcessingResponse`
 cost 1-10 us a message (docs/decisions.md). Bytes in, bytes out, so that any transport can sit in front.
 """
 
+import re
 from collections.abc import Iterable
 
 from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage
 from envoy.service.ext_proc.v3.external_processor_pb2 import (
     BodyMutation,
     BodyResponse,
@@ -21,11 +23,14 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
     TrailersResponse,
 )
 from envoy.type.v3.http_status_pb2 import HttpStatus
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
 from extproc.events import (
     Answer,
+    Broken,
     Event,
+    Extend,
     Immediate,
     Phase,
     Reply,
@@ -35,10 +40,25 @@ from extproc.events import (
     ResponseHeaders,
     Trailers,
 )
-from extproc.mutation import Headers
+from extproc.mutation import ROOM, Headers, is_room
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = f"/{SERVICE}/Process"
+ACCESS_LOG_SERVICE = "envoy.service.accesslog.v3.AccessLogService"
+
+CLIENT_FLAGS = {"downstream_connection_termination": "DC", "downstream_protocol_error": "DPE"}
+"""Response flags that say that the client broke off; fields of `envoy.data.accesslog.v3.ResponseFlags`."""
+WORKER_FLAGS = {
+    "upstream_connection_termination": "UC",
+    "upstream_remote_reset": "UR",
+    "upstream_protocol_error": "UPE",
+    "upstream_connection_failure": "UF",
+    "upstream_request_timeout": "UT",
+    "local_reset": "LR",
+}
+"""Flags that say that the decode worker did, or that Envoy gave it up."""
+
+_STATUS = re.compile("[0-9]{1,3}")
 
 _OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -59,7 +79,10 @@ def decode(data: bytes) -> Event:
         case "request_body":
             return RequestBody(message.request_body.body)
         case "response_headers":
-            return ResponseHeaders(_headers(message.response_headers))
+            headers = _headers(message.response_headers)
+            if not _STATUS.fullmatch(headers.get(":status", "0")):
+                raise WireError("the :status of a response is no number")
+            return ResponseHeaders(headers)
         case "response_body":
             return ResponseBody(message.response_body.body)
         case "request_trailers":
@@ -70,11 +93,39 @@ def decode(data: bytes) -> Event:
             raise WireError(f"unknown kind of ProcessingRequest: {other}")
 
 
+def decode_access_log(data: bytes) -> list[tuple[int, Broken]]:
+    """The broken requests of one StreamAccessLogsMessage, by their rooms. Raises WireError."""
+    try:
+        message = StreamAccessLogsMessage.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"not a StreamAccessLogsMessage: {error}") from None
+    broken = list[tuple[int, Broken]]()
+    for entry in message.http_logs.log_entry:
+        room = entry.request.request_headers.get(ROOM, "")
+        flags = entry.common_properties.response_flags
+        by_client = [short for name, short in CLIENT_FLAGS.items() if getattr(flags, name)]
+        by_worker = [short for name, short in WORKER_FLAGS.items() if getattr(flags, name)]
+        if is_room(room) and (by_client or by_worker):
+            broken.append((int(room), Broken(bool(by_client), ",".join(by_client + by_worker))))
+    return broken
+
+
 def encode(reply: Reply) -> bytes:
     """A reply as a ProcessingResponse."""
-    message = _immediate(reply) if isinstance(reply, Immediate) else _answer(reply)
+    match reply:
+        case Immediate():
+            message = _immediate(reply)
+        case Extend():
+            message = ProcessingResponse(override_message_timeout=_duration(reply.seconds))
+        case Answer():
+            message = _answer(reply)
     data: bytes = message.SerializeToString()
     return data
+
+
+def _duration(seconds: float) -> Duration:
+    whole = int(seconds)
+    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
 
 def _headers(message: HttpHeaders) -> dict[str, str]:

@@ -8,12 +8,14 @@ import time
 
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.config import Config
+from extproc.discovery.api_keys import ApiKeys
 from extproc.discovery.fetch import make_client
 from extproc.discovery.health import entries
 from extproc.discovery.probe import ProbeReport, probe
 from extproc.load import LoadTable
 from extproc.model import Role
 from extproc.schedule import Scheduler
+from extproc.tls import server_certificates
 
 EXIT_PROBLEMS = 1
 
@@ -27,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what was found; 0 if all is well, 1 if a worker has a problem. Raises ConfigError."""
     config = config_from(args)
     Scheduler(config, LoadTable(config.workers(), time.monotonic), random.Random())  # raises for an unknown policy
+    server_certificates(config)  # raises for files that do not fit
     reports = asyncio.run(_probe_all(config))
     lines = [line for report in reports for line in describe(report)]
     usable = {report.worker.role for report in reports if report.healthy}
@@ -36,8 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _probe_all(config: Config) -> list[ProbeReport]:
+    keys = ApiKeys(config)
     async with make_client(keepalive_s=5) as client:
-        return await asyncio.gather(*(probe(config, role, entry, client) for role, entry in entries(config)))
+        return await asyncio.gather(
+            *(
+                probe(config, role, entry, client, headers=keys.headers(entry.to_worker(role).name))
+                for role, entry in entries(config)
+            )
+        )
 
 
 def describe(report: ProbeReport) -> list[str]:

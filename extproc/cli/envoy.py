@@ -1,9 +1,12 @@
 """`extproc envoy`: prints the Envoy bootstrap that goes with the service."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from extproc.cli.flags import add_config_flags, config_from
+from extproc.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,16 +15,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("envoy")
     group.add_argument("--grpc-target", metavar="TARGET", help="where Envoy finds the service: host:port or unix:PATH")
     group.add_argument("--admin", metavar="HOST:PORT", help="Envoy's admin interface (default: none)")
+    group.add_argument(
+        "--secrets",
+        type=Path,
+        metavar="DIR",
+        help="write files there by which Envoy watches its certificates (SDS; default: it reads them once)",
+    )
     group.add_argument("--access-log", metavar="FILE", help="Envoy's access log, JSON lines (/dev/stdout works)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the bootstrap as YAML. Raises ConfigError."""
+    """Print the bootstrap as YAML, and write the files it names. Raises ConfigError."""
     from extproc import envoy_config  # noqa: PLC0415 - takes a second to import
 
     config = config_from(args, need_workers=False)  # the bootstrap does not depend on them
+    secrets = args.secrets.absolute() if args.secrets else None
     bootstrap = envoy_config.bootstrap(
-        config, admin=args.admin, grpc_target=args.grpc_target, access_log=args.access_log
+        config, admin=args.admin, grpc_target=args.grpc_target, access_log=args.access_log, secrets=secrets
     )
+    if secrets:
+        for name, content in envoy_config.secret_files(config, grpc_target=args.grpc_target).items():
+            _replace(secrets / name, envoy_config.to_yaml(content))
     sys.stdout.write(envoy_config.to_yaml(bootstrap))
     return 0
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one step: an Envoy that runs already looks when a file is moved into the folder."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise ConfigError(f"--secrets: {error.filename or path}: {error.strerror}") from None

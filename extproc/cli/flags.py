@@ -71,7 +71,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         text="count prompts with the model's tokenizer.json, a file or the folder it is in (extra [tokenizer])",
     )
     add(routing, "explain", bool, text="tell clients and the log by what loads ranks were picked (x-pd-*-loads)")
-    add(routing, "shutdown_grace_period_secs", float, text="longest time for requests to finish after SIGTERM")
+    add(routing, "shutdown_drain_delay_secs", float, text="after SIGTERM: serve new requests for so long, not ready")
+    add(routing, "shutdown_grace_period_secs", float, text="longest time for requests to finish after that")
     add(routing, "response_headers", bool, text="tell clients the picked workers in x-pd-* response headers")
 
     options = parser.add_argument_group("options of policies")
@@ -98,6 +99,23 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         text="manual: which worker a new routing key gets",
     )
 
+    keys = parser.add_argument_group("credentials")
+    add(keys, "api_key_file", metavar="FILE", text="file with the engines' API key, for checks and scrapes")
+    add(keys, "api_key_env", metavar="NAME", text="environment variable with the engines' API key")
+    keys.add_argument("--api-key", action=_RefusedKey, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add(keys, "grpc_tls_cert", metavar="FILE", text="the service's certificate chain (PEM): TLS on the gRPC port")
+    add(keys, "grpc_tls_key", metavar="FILE", text="its key (PEM)")
+    add(keys, "grpc_tls_client_ca", metavar="FILE", text="clients need a certificate that this one has signed (mTLS)")
+    add(keys, "envoy_tls_ca", metavar="FILE", text="Envoy: who signs the service's certificate (PEM); turns TLS on")
+    add(keys, "envoy_tls_cert", metavar="FILE", text="Envoy: its own certificate chain for the service (PEM)")
+    add(keys, "envoy_tls_key", metavar="FILE", text="Envoy: its key (PEM)")
+    add(
+        keys,
+        "envoy_tls_server_name",
+        metavar="NAME",
+        text="Envoy: what the service's certificate must be for (default: the host it connects to)",
+    )
+
     checks = parser.add_argument_group("loads and health")
     add(checks, "worker_load_check_interval", float, text="time between scrapes of a worker's loads")
     add(checks, "worker_load_check_timeout", float, text="longest time for one scrape")
@@ -113,6 +131,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(faults, "prefill_timeout_secs", float, text="longest time for a prefill leg, queueing included; then 504")
     add(faults, "max_worker_requests", int, text="most requests in flight on a worker; when all have that many: 429")
     add(faults, "max_rank_tokens", int, text="most tokens on a rank; beyond that: 429")
+    add(faults, "max_concurrent_requests", int, text="most requests in flight altogether, -1: any; beyond that: 429")
+    add(faults, "max_connections", int, text="most connections of clients; more are closed at once")
+    add(faults, "envoy_max_heap_bytes", int, metavar="BYTES", text="memory for Envoy; nearly used up: 503")
     add(faults, "cb_failure_threshold", int, text="failed requests in a row that open a worker's circuit")
     add(faults, "cb_success_threshold", int, text="good ones in a row that close it again")
     add(faults, "cb_timeout_duration_secs", float, text="time before an open circuit is tried again")
@@ -124,9 +145,17 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(addresses, "port", int, text="the gateway's port, for clients")
     add(addresses, "grpc_host", text="the ext_proc service's address, for Envoy")
     add(addresses, "grpc_port", int, text="the ext_proc service's port, for Envoy")
+    add(addresses, "grpc_uds", metavar="PATH", text="a unix socket for Envoy instead of that port")
     add(addresses, "prometheus_host", text="address of the service's own metrics")
     add(addresses, "prometheus_port", int, text="port of the service's own metrics")
     add(addresses, "log_level", choices=["debug", "info", "warn", "error"], text="least severe messages to log")
+
+
+class _RefusedKey(argparse.Action):
+    """`sglang_router` takes the key itself; every user of the machine can then read it in the list of processes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error("--api-key would show the key to others: use --api-key-file FILE or --api-key-env NAME")
 
 
 def config_from(args: argparse.Namespace, *, need_workers: bool = True) -> Config:

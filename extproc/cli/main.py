@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import extproc
-from extproc.cli import check, envoy, serve, up
+from extproc.cli import check, drain, envoy, serve, up
 from extproc.errors import ConfigError
 from extproc.lab import cli as lab
 from extproc.sim import cli as engine
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", "run the ext_proc service, for an Envoy that is already there", serve.add_arguments, serve.run)
     add("envoy", "print the Envoy configuration that goes with the service", envoy.add_arguments, envoy.run)
     add("check", "check the configuration and ask every worker what it is", check.add_arguments, check.run)
+    add("drain", "take a worker out of a running gateway, and put it back", drain.add_arguments, drain.run)
     add("lab", "compare routing policies on modelled engines, in virtual time", lab.add_arguments, lab.run)
     add("engine", "run a simulated SGLang engine", engine.add_arguments, engine.run)
     return parser

@@ -10,7 +10,7 @@ import uvloop
 
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
-from extproc.cli.serve import stop_signal
+from extproc.cli.serve import drain, stop_signal
 from extproc.config import Config
 from extproc.envoy_process import EnvoyError, EnvoyProcess, find_binary
 from extproc.errors import ConfigError
@@ -56,12 +56,13 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
     stop = stop_signal()
     with tempfile.TemporaryDirectory(prefix="extproc-") as directory:
         # Nobody else needs to reach the service, so it takes no port.
-        service = Service(config, grpc_target=f"unix:{directory}/ext_proc.sock")
+        service = Service(config, grpc_target=f"unix:{directory}/ext_proc.sock", awaits_envoy=True)
         async with service.running() as addresses:
             bootstrap = envoy_config.bootstrap(
                 config, admin="127.0.0.1:0", grpc_target=addresses.grpc, access_log=access_log
             )
             async with EnvoyProcess(envoy_config.to_yaml(bootstrap), binary=binary, concurrency=concurrency) as envoy:
+                service.envoy_serves()
                 logger.info(
                     "gateway on http://%s:%d, metrics on %s/metrics", config.host, config.port, addresses.status
                 )
@@ -71,20 +72,5 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
                 stopped.cancel()
                 if died.done():
                     died.result()
-                await _drain(service, envoy, stop, config.shutdown_grace_period_secs)
+                await drain(service, stop, envoy.drain)
             await died
-
-
-async def _drain(service: Service, envoy: EnvoyProcess, stop: asyncio.Event, grace_s: float) -> None:
-    """Let requests finish; not longer than the grace period, nor after a second signal."""
-    stop.clear()
-    logger.info("draining: no new connections, requests may finish for %g s; a second signal ends them", grace_s)
-    await service.leave()
-    await envoy.drain()
-    idle, again = asyncio.create_task(service.processor.idle()), asyncio.create_task(stop.wait())
-    await asyncio.wait([idle, again], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-    if not idle.done():
-        logger.warning("stopping with %d streams open", service.processor.open_streams)
-    idle.cancel()
-    again.cancel()
-    logger.info("stopping")

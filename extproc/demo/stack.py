@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 """Generous: a process starts in 1-2 s, but four start at once on what may be a busy machine."""
 STOP_TIMEOUT_S = 15.0
-"""The gateway lets streams go on for 5 s, then Envoy has 5 s to end."""
+"""Envoy takes 1 s to close its port, streams may go on, then Envoy has 5 s to end."""
 LOOK_TIMEOUT_S = 5.0
 """For one look at a process over HTTP."""
 PORTS = range(20_000, 32_000)
@@ -41,6 +41,7 @@ GATEWAY_ATTEMPTS = 3
 GATEWAY_FLAGS = (
     *("--host", HOST, "--response-headers"),
     *("--worker-startup-check-interval", "0.2", "--health-check-interval-secs", "1"),
+    *("--shutdown-drain-delay-secs", "0"),
 )
 """Before a stack's own flags, so that those win."""
 

@@ -61,7 +61,8 @@ def make_client(keepalive_s: float) -> httpx.AsyncClient:
     `keepalive_s` is how long an idle connection is kept: longer than the longest interval between two requests.
     Time-outs are `fetch`'s.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request at info
+    for name in ("httpx", "httpcore"):  # they log every request at info, and at debug what headers answers have
+        logging.getLogger(name).setLevel(logging.WARNING)
     return httpx.AsyncClient(
         timeout=None,  # noqa: S113 - `fetch` bounds the whole exchange
         transport=_PoolPerWorker(keepalive_s),

@@ -83,7 +83,7 @@ class HealthMonitor:
     """Checks every worker, each in a loop of its own; the first check is made at once.
 
     Intervals, time-outs, thresholds and the path are `config`'s. `clock` counts seconds from any origin; `sleep` goes
-    with it; `headers` are added to requests to the worker of that name.
+    with it; `headers` are added to requests to the worker of that name, and asked for anew each time.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class _Watch:
         self._clock = monitor._clock
         self._entry = entry
         self.worker = entry.to_worker(role)
-        self._headers = monitor._headers(self.worker.name)
+        self._headers = monitor._headers
         self.health = Health()
         self._first_check_s = self._clock()
         self._resolved_s = self._first_check_s
@@ -166,7 +166,7 @@ class _Watch:
             self.worker.url,
             self._config.health_check_endpoint,
             self._config.health_check_timeout_secs,
-            self._headers,
+            self._headers(self.worker.name),
         )
         if reason is None and self._after(True).phase is Phase.HEALTHY and await self._discovery_due():
             reason = await self._discover()
@@ -202,7 +202,8 @@ class _Watch:
         endpoint = await self._resolve()
         if endpoint is None and self.worker.endpoint is None:
             return f"the host name of {self.worker.url} cannot be resolved"
-        info = await ask_info(self._client, self.worker.url, self._config.health_check_timeout_secs, self._headers)
+        headers = self._headers(self.worker.name)
+        info = await ask_info(self._client, self.worker.url, self._config.health_check_timeout_secs, headers)
         self._say(info)
         worker = self.worker
         if not info.empty or not self._informed:  # a silent engine is best taken for what it said last

@@ -60,6 +60,7 @@ async def probe(
             client,
             scrape_target(worker, entry, config).urls,
             timeout_s=config.worker_load_check_timeout,
+            worker=worker.name,
             headers=headers,
         )
     except FetchError as error:

@@ -7,11 +7,13 @@ The commented twin of what this prints is `envoy/envoy.yaml`; `docs/` and `envoy
 Importing this module takes about a second (pydantic dataclasses), so import it only where a bootstrap is printed.
 """
 
+from pathlib import PurePosixPath
+
 import betterproto2
 import yaml
 from betterproto2 import Casing
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
-from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
+from envoy_data_plane.envoy.config.core.v3 import Node, TypedExtensionConfig
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 from envoy_data_plane.google.protobuf import Any
 
@@ -19,22 +21,36 @@ from extproc.config import Config
 from extproc.envoy_config.addresses import socket_address
 from extproc.envoy_config.clusters import clusters
 from extproc.envoy_config.listeners import prefill_listener, public_listener, route_listener
+from extproc.envoy_config.overload import overload_manager
+from extproc.envoy_config.service_tls import secret_files
 from extproc.errors import ConfigError
 
-__all__ = ["bootstrap", "from_yaml", "to_yaml"]
+__all__ = ["bootstrap", "from_yaml", "secret_files", "to_yaml"]
+
+NODE = "extproc"
 
 
 def bootstrap(
-    config: Config, *, admin: str | None = None, grpc_target: str | None = None, access_log: str | None = None
+    config: Config,
+    *,
+    admin: str | None = None,
+    grpc_target: str | None = None,
+    access_log: str | None = None,
+    secrets: PurePosixPath | None = None,
 ) -> Bootstrap:
     """The whole bootstrap.
 
     `admin` is `host:port` of the admin interface (none when absent), `grpc_target` where Envoy finds the service
     (`host:port` or `unix:PATH`; default from the configuration), `access_log` a file for one JSON line per request
-    and leg (`/dev/stdout` works). Raises ConfigError for what Envoy cannot express.
+    and leg (`/dev/stdout` works), `secrets` the folder with `secret_files` that Envoy is to watch (default: it reads
+    certificates once). Raises ConfigError for what Envoy cannot express.
     """
     return Bootstrap(
-        admin=Admin(address=socket_address(admin, "admin")) if admin else None,
+        # Envoy takes secrets from files only when it has a name (or `--service-node` and `--service-cluster`).
+        node=Node(id=NODE, cluster=NODE) if secrets else None,
+        # Whoever looks after Envoy has to reach it when clients have taken all connections.
+        admin=Admin(address=socket_address(admin, "admin"), ignore_global_conn_limit=True) if admin else None,
+        overload_manager=overload_manager(config),
         bootstrap_extensions=[
             TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=Any.pack(InternalListener()))
         ],
@@ -44,7 +60,7 @@ def bootstrap(
                 route_listener(config, access_log=access_log),
                 prefill_listener(config, access_log=access_log),
             ],
-            clusters=clusters(config, grpc_target=grpc_target),
+            clusters=clusters(config, grpc_target=grpc_target, secrets=secrets),
         ),
     )
 

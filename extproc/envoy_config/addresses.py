@@ -1,6 +1,7 @@
 """Addresses as they are written on a command line, as Envoy's messages."""
 
 import ipaddress
+import os
 
 from envoy_data_plane.envoy.config.core.v3 import Address, Pipe, SocketAddress
 
@@ -21,12 +22,18 @@ def target_address(target: str) -> tuple[Address, bool]:
     if target.startswith("unix:"):
         return Address(pipe=Pipe(path=target.removeprefix("unix:"))), False
     address = socket_address(target, "grpc_target")
-    host = target.rpartition(":")[0].strip("[]")
-    return address, not is_ip(host)
+    return address, not is_ip(target_host(target))
+
+
+def target_host(target: str) -> str:
+    """The host of a `host:port`, without brackets."""
+    return target.rpartition(":")[0].strip("[]")
 
 
 def default_target(config: Config) -> str:
-    """The configured gRPC address; the loopback when the service listens on all interfaces."""
+    """The configured unix socket or gRPC address; the loopback when the service listens on all interfaces."""
+    if config.grpc_uds:
+        return f"unix:{os.path.abspath(config.grpc_uds)}"
     host = config.grpc_host
     if is_ip(host) and ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"

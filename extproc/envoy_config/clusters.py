@@ -1,6 +1,7 @@
 """The clusters: two internal hops, the two engine roles, the service."""
 
 from datetime import timedelta
+from pathlib import PurePosixPath
 
 from envoy_data_plane.envoy.config.cluster.v3 import (
     CircuitBreakers,
@@ -26,7 +27,7 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOpti
 from envoy_data_plane.google.protobuf import Any
 
 from extproc.config import Config
-from extproc.envoy_config.addresses import default_target, target_address
+from extproc.envoy_config.addresses import default_target, target_address, target_host
 from extproc.envoy_config.names import (
     DECODE_CLUSTER,
     PREFILL_CLUSTER,
@@ -34,6 +35,7 @@ from extproc.envoy_config.names import (
     ROUTE_LISTENER,
     SERVICE_CLUSTER,
 )
+from extproc.envoy_config.service_tls import transport_socket, uses_tls
 from extproc.mutation import DECODE_ENDPOINT, PREFILL_ENDPOINT
 
 SERVICE_CONNECT_TIMEOUT_S = 1
@@ -53,14 +55,17 @@ KEEPALIVE = TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interv
 """A peer that vanished without a FIN is noticed after a minute, also in the middle of a long prefill."""
 
 
-def clusters(config: Config, *, grpc_target: str | None = None) -> list[Cluster]:
-    """The two internal hops, the two engine roles, and the service."""
+def clusters(config: Config, *, grpc_target: str | None = None, secrets: PurePosixPath | None = None) -> list[Cluster]:
+    """The two internal hops, the two engine roles, and the service. Raises ConfigError.
+
+    `secrets`: the folder that Envoy is to watch for certificates.
+    """
     return [
         _internal_cluster(ROUTE_LISTENER),
         _internal_cluster(PREFILL_LISTENER),
         _engine_cluster(DECODE_CLUSTER, DECODE_ENDPOINT),
         _engine_cluster(PREFILL_CLUSTER, PREFILL_ENDPOINT),
-        _service_cluster(grpc_target or default_target(config)),
+        _service_cluster(config, grpc_target or default_target(config), secrets),
     ]
 
 
@@ -92,7 +97,7 @@ def _engine_cluster(name: str, header: str) -> Cluster:
     )
 
 
-def _service_cluster(target: str) -> Cluster:
+def _service_cluster(config: Config, target: str, secrets: PurePosixPath | None) -> Cluster:
     """No active health check: a refused connection fails open at once, and a check that a busy service answers late
     would turn every request away."""
     address, by_name = target_address(target)
@@ -103,6 +108,7 @@ def _service_cluster(target: str) -> Cluster:
         connect_timeout=timedelta(seconds=SERVICE_CONNECT_TIMEOUT_S),
         circuit_breakers=_no_circuit_breaker(),
         upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
+        transport_socket=transport_socket(config, target_host(target), secrets) if uses_tls(config, target) else None,
         typed_extension_protocol_options=_upstream_protocol(
             HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
         ),

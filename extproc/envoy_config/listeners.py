@@ -37,7 +37,7 @@ from envoy_data_plane.google.protobuf import Any
 from extproc.config import MIB, Config
 from extproc.envoy_config.addresses import bracketed, socket_address
 from extproc.envoy_config.names import PREFILL_LISTENER, PUBLIC, ROUTE_LISTENER
-from extproc.envoy_config.replies import access_log_of, json_local_replies
+from extproc.envoy_config.replies import access_log_of, broken_requests, json_local_replies
 from extproc.envoy_config.routing import pd_routes, prefill_filter, prefill_routes, route_filter
 from extproc.errors import ConfigError
 from extproc.mutation import RESERVED_NAMES, RESERVED_PREFIXES, RETRY
@@ -59,6 +59,16 @@ RETRY_BACK_OFF = RetryPolicyRetryBackOff(
 )
 """The next attempt goes to another pair, so there is nothing to wait for; Envoy's default of 25 ms took 18 to 27 ms of
 the time to the next attempt, this takes 4 to 8 (medians)."""
+MAX_HEADERS = 100
+MAX_HEADERS_KIB = 60
+"""Of a client's request; beyond that: 431. Envoy's defaults."""
+MAX_INTERNAL_HEADERS = 2 * MAX_HEADERS
+MAX_INTERNAL_HEADERS_KIB = MAX_HEADERS_KIB + 36
+"""Between the listeners, where Envoy and the service add a dozen: a mirrored request that was refused for them would
+leave decode waiting for a prefill that never comes. 96 KiB is the most that Envoy allows without further settings."""
+MAX_STREAMS = 1000
+"""Requests at once on one HTTP/2 connection, as clients are told. A client that keeps one connection, as
+most libraries do, has a gateway's worth of requests on it: ten times Envoy's figure for an edge proxy."""
 REQUEST_HEADERS_TIMEOUT_S = 10
 REQUEST_UPLOAD_TIMEOUT_S = 300
 """Slow clients hold buffers. 64 MiB in 300 s is 1.8 Mbit/s."""
@@ -79,11 +89,13 @@ def public_listener(config: Config, *, access_log: str | None = None) -> Listene
         merge_slashes=True,
         # Engines (ASGI) unescape the path, so the service must see what they will see.
         path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_FORWARD,
+        max_request_headers_kb=MAX_HEADERS_KIB,
         common_http_protocol_options=HttpProtocolOptions(
-            headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.DROP_HEADER
+            max_headers_count=MAX_HEADERS,
+            headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.DROP_HEADER,
         ),
         http2_protocol_options=Http2ProtocolOptions(
-            max_concurrent_streams=1000,
+            max_concurrent_streams=MAX_STREAMS,
             # 20 MB prompts should not wait a round trip per 64 KiB; a connection may hold 16 such streams.
             initial_stream_window_size=MIB,
             initial_connection_window_size=16 * MIB,
@@ -140,14 +152,16 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
         buffer_limit_bytes=buffer_limit_bytes(config),
         manager=HttpConnectionManager(
             stat_prefix=ROUTE_LISTENER,
-            access_log=access_log_of(access_log, ROUTE_LISTENER),
+            max_request_headers_kb=MAX_INTERNAL_HEADERS_KIB,
+            common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_INTERNAL_HEADERS),
+            access_log=[*access_log_of(access_log, ROUTE_LISTENER), broken_requests()],
             # The public listener's timers watch the request; a second set could only disagree with them.
             stream_idle_timeout=timedelta(0),
             delayed_close_timeout=DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
             preserve_external_request_id=True,
             local_reply_config=json_local_replies(config, retry_503=True),
-            http_filters=[route_filter(), _router_filter()],
+            http_filters=[route_filter(config), _router_filter()],
             route_config=RouteConfiguration(
                 name=ROUTE_LISTENER, virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes())]
             ),
@@ -163,6 +177,8 @@ def prefill_listener(config: Config, *, access_log: str | None = None) -> Listen
         PREFILL_LISTENER,
         manager=HttpConnectionManager(
             stat_prefix=PREFILL_LISTENER,
+            max_request_headers_kb=MAX_INTERNAL_HEADERS_KIB,
+            common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_INTERNAL_HEADERS),
             access_log=access_log_of(access_log, PREFILL_LISTENER),
             stream_idle_timeout=timedelta(0),
             delayed_close_timeout=DELAYED_CLOSE,
@@ -189,6 +205,9 @@ def _internal_listener(name: str, *, manager: HttpConnectionManager, buffer_limi
     return Listener(
         name=name,
         internal_listener=ListenerInternalListenerConfig(),
+        # What the public listener has let in is not refused half-way, nor is an internal connection a client's.
+        bypass_overload_manager=True,
+        ignore_global_conn_limit=True,
         per_connection_buffer_limit_bytes=buffer_limit_bytes,
         filter_chains=[_http_chain(manager)],
     )
@@ -210,7 +229,7 @@ def _pair_retry(config: Config) -> RetryPolicy:
     The answers for which that makes sense are marked, by the service and by `il_pd` when decode's connection failed:
     not every 502 and 503 (no worker, the service not there) is asked for again."""
     return RetryPolicy(
-        retry_on="connect-failure,refused-stream,reset-before-request,retriable-headers",
+        retry_on="connect-failure,refused-stream,reset,retriable-headers",
         retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
         num_retries=config.retry_max_retries,
         retry_back_off=RETRY_BACK_OFF,

@@ -2,10 +2,22 @@
 
 from typing import Any as Json
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, ExtensionFilter
-from envoy_data_plane.envoy.config.core.v3 import DataSource, HeaderValue, HeaderValueOption, SubstitutionFormatString
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, ExtensionFilter, ResponseFlagFilter
+from envoy_data_plane.envoy.config.core.v3 import (
+    ApiVersion,
+    DataSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    HeaderValueOption,
+    SubstitutionFormatString,
+)
 from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
 from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
+from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
+    CommonGrpcAccessLogConfig,
+    HttpGrpcAccessLogConfig,
+)
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     LocalReplyConfig,
     ResponseMapper,
@@ -13,7 +25,16 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.google.protobuf import Any, Struct
 
 from extproc.config import Config
+from extproc.envoy_config.names import ROUTE_LISTENER, SERVICE_CLUSTER
 from extproc.mutation import DECODE_ENDPOINT, MODE, PREFILL_ENDPOINT, RETRY, ROOM
+
+BROKEN = "(response.code == 502 || response.code == 503)"
+"""What Envoy answers for a worker that refused, reset (503) or closed the connection in the middle of an answer (502)."""
+OVERLOADED = 'response.code_details == "overload"'
+"""What the overload manager refuses. Envoy answers 503 to a new request, but 500 in the middle of an upload."""
+NO_MEMORY = "the gateway is short of memory for requests: try again later"
+OVERLOAD_RETRY_AFTER_S = 1
+"""Uploads that fill Envoy's memory are over within about a second."""
 
 
 def json_local_replies(config: Config, *, retry_503: bool = False) -> LocalReplyConfig:
@@ -21,14 +42,17 @@ def json_local_replies(config: Config, *, retry_503: bool = False) -> LocalReply
     local reply too and has its body already; so has a `direct_response`.
 
     With `retry_503` Envoy marks its own 503 for a retry: an engine refused or broke the connection before it answered.
-    Envoy 1.40 shows these to the service as well, 1.36 does not."""
+    Envoy 1.40 shows these to the service as well, 1.36 does not. Without it, it is the overload manager's to refuse."""
     too_large = f"the request body exceeds the limit of {config.max_payload_size} bytes"
     broken = "the decode worker failed: it refused or broke off the connection"
-    when = "response.code == 503"
-    retry = [_json_error_when(when, "service_unavailable", message=broken, mark=RETRY)] if retry_503 else []
+    if retry_503:
+        first = _json_error_when(BROKEN, "service_unavailable", message=broken, header=(RETRY, "envoy"))
+    else:
+        again = ("retry-after", str(OVERLOAD_RETRY_AFTER_S))
+        first = _json_error_when(OVERLOADED, "service_unavailable", message=NO_MEMORY, header=again, status=503)
     return LocalReplyConfig(
         mappers=[
-            *retry,
+            first,
             _json_error_when("response.code == 413", "invalid_request_error", message=too_large),
             _json_error_when("response.code >= 400 && response.code < 500", "invalid_request_error"),
             _json_error_when("response.code >= 500", "service_unavailable"),
@@ -37,7 +61,12 @@ def json_local_replies(config: Config, *, retry_503: bool = False) -> LocalReply
 
 
 def _json_error_when(
-    condition: str, kind: str, *, message: str | None = None, mark: str | None = None
+    condition: str,
+    kind: str,
+    *,
+    message: str | None = None,
+    header: tuple[str, str] | None = None,
+    status: int | None = None,
 ) -> ResponseMapper:
     # Whoever has said what the body is, the service or a `direct_response`, has written it for the client.
     expression = ExpressionFilter(expression=f'{condition} && !("content-type" in response.headers)')
@@ -46,7 +75,8 @@ def _json_error_when(
     return ResponseMapper(
         filter=AccessLogFilter(extension_filter=ExtensionFilter(name=name, typed_config=Any.pack(expression))),
         body=DataSource(inline_string=message) if message else None,
-        headers_to_add=[HeaderValueOption(header=HeaderValue(key=mark, value="envoy"))] if mark else [],
+        headers_to_add=[HeaderValueOption(header=HeaderValue(key=header[0], value=header[1]))] if header else [],
+        status_code=status,
         body_format_override=SubstitutionFormatString(json_format=_struct({"error": error})),
     )
 
@@ -76,6 +106,25 @@ def access_log_of(path: str | None, listener: str) -> list[AccessLog]:
     }
     file = FileAccessLog(path=path, log_format=SubstitutionFormatString(json_format=_struct(fields)))
     return [AccessLog(name="envoy.access_loggers.file", typed_config=Any.pack(file))]
+
+
+def broken_requests() -> AccessLog:
+    """Tells the service which requests broke off, and by whom: the ends of ext_proc streams do not."""
+    return AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=AccessLogFilter(response_flag_filter=ResponseFlagFilter()),  # any flag; normal ends cost nothing
+        typed_config=Any.pack(
+            HttpGrpcAccessLogConfig(
+                common_config=CommonGrpcAccessLogConfig(
+                    log_name=ROUTE_LISTENER,
+                    grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER)),
+                    transport_api_version=ApiVersion.V3,
+                    buffer_size_bytes=0,  # each at once
+                ),
+                additional_request_headers_to_log=[ROOM],
+            )
+        ),
+    )
 
 
 def _struct(value: dict[str, Json]) -> Struct:

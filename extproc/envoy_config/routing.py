@@ -41,6 +41,7 @@ from extproc.envoy_config.names import (
     SERVICE_CLUSTER,
 )
 from extproc.events import Leg
+from extproc.exchange import EXTENSION_S
 from extproc.mutation import MODE
 
 MESSAGE_TIMEOUT_S = 10
@@ -51,9 +52,11 @@ RETRY_AFTER_S = 1
 NOBODY_SCHEDULES = "the PD scheduler is not answering; try again"
 
 
-def route_filter() -> HttpFilter:
+def route_filter(config: Config) -> HttpFilter:
     """The ext_proc filter of `il_pd`: reads the whole request, then only response headers and the end."""
-    return _ext_proc_filter(Leg.ROUTE, request_body=ProcessingModeBodySendMode.BUFFERED)
+    # Headers that decode sends before prefill is done wait for prefill; the service asks for that much time.
+    longest = timedelta(seconds=config.prefill_timeout_secs + EXTENSION_S)
+    return _ext_proc_filter(Leg.ROUTE, request_body=ProcessingModeBodySendMode.BUFFERED, max_message_timeout=longest)
 
 
 def prefill_filter() -> HttpFilter:
@@ -61,7 +64,9 @@ def prefill_filter() -> HttpFilter:
     return _ext_proc_filter(Leg.PREFILL, request_body=ProcessingModeBodySendMode.NONE)
 
 
-def _ext_proc_filter(leg: Leg, *, request_body: ProcessingModeBodySendMode) -> HttpFilter:
+def _ext_proc_filter(
+    leg: Leg, *, request_body: ProcessingModeBodySendMode, max_message_timeout: timedelta | None = None
+) -> HttpFilter:
     return HttpFilter(
         name=f"extproc.{leg}",
         typed_config=Any.pack(
@@ -85,6 +90,7 @@ def _ext_proc_filter(leg: Leg, *, request_body: ProcessingModeBodySendMode) -> H
                 # Running streams survive a dead service; new requests come out unmarked and get the 503 route.
                 failure_mode_allow=True,
                 message_timeout=timedelta(seconds=MESSAGE_TIMEOUT_S),
+                max_message_timeout=max_message_timeout,
             )
         ),
     )

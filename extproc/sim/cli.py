@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long decode waits for the KV cache (default: %(default)s)",
     )
     parser.add_argument("--context-length", type=_positive, default=default.context_tokens, help="longest prompt")
+    parser.add_argument("--api-key", metavar="KEY", help="401 for requests that do not bring it, as the real engine")
     parser.add_argument("--header-overrides", action="store_true", help="read x-override-* headers")
     parser.add_argument("--fault", type=_fault, action="append", default=[], metavar="SPEC", help=FAULT_HELP)
     parser.add_argument("--fault-seed", type=int, default=0, metavar="N", help="of the chance in p (default: 0)")
@@ -85,6 +86,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         bootstrap_timeout_s=args.bootstrap_timeout,
         waiting_timeout_s=args.waiting_timeout,
         header_overrides=args.header_overrides,
+        api_key=args.api_key,
         faults=tuple(args.fault),
         fault_seed=args.fault_seed,
     )

@@ -38,6 +38,8 @@ class EngineConfig:
     """`SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES`: read `x-override-*` headers on /generate and chat."""
     stream_interval: int = 1
     """Tokens in one streamed chunk, at least (`--stream-interval`)."""
+    api_key: str | None = field(default=None, repr=False)
+    """With it requests need `Authorization: Bearer KEY`."""
     faults: tuple[str, ...] = ()
     """What goes wrong on purpose; `faults` has the syntax."""
     fault_seed: int = 0

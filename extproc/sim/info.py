@@ -8,7 +8,7 @@ from extproc.sim.loads_text import VERSION
 
 
 def server_info(config: EngineConfig, port: int, bootstrap_port: int, used_tokens: list[int]) -> dict[str, Any]:
-    """Resolved start-up arguments, and one internal state for each rank."""
+    """Resolved start-up arguments (with the key in clear, sgl-project/sglang#30166), and one state for each rank."""
     states = [
         {
             "dp_rank": rank,
@@ -38,6 +38,7 @@ def server_info(config: EngineConfig, port: int, bootstrap_port: int, used_token
         "max_total_num_tokens": config.gpu.kv_capacity_tokens,
         "disaggregation_mode": config.role.value,
         "disaggregation_bootstrap_port": bootstrap_port,
+        "api_key": config.api_key,
         "load_balance_method": "round_robin" if config.role is Role.NULL else "follow_bootstrap_room",
         "status": "ready",
         "version": VERSION,

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from extproc.sim import info
 from extproc.sim.api_request import ApiError, decode_body
@@ -37,7 +38,9 @@ class Server:
 
     def application(self) -> web.Application:
         """All routes."""
-        app = web.Application(client_max_size=self._config.max_body_bytes)
+        key = self._config.api_key
+        middlewares = [] if key is None else [_key_needed(key)]
+        app = web.Application(client_max_size=self._config.max_body_bytes, middlewares=middlewares)
         for path in ("/generate", "/v1/chat/completions", "/v1/completions"):
             app.router.add_post(path, self._generation.answer)
         app.router.add_put("/generate", self._generation.answer)
@@ -169,6 +172,19 @@ class Server:
         now_s = self._runner.now_s()
         self._runner.apply(self._runner.model.advance(now_s))
         return now_s
+
+
+def _key_needed(key: str) -> Middleware:
+    """401 without the key. The exceptions are the real engine's (sgl-project/sglang#15908), and our own pages."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_open = request.method == "OPTIONS" or request.path.startswith(("/health", "/metrics", "/sim/"))
+        if not is_open and request.headers.get("Authorization") != f"Bearer {key}":
+            return _json({"error": "Unauthorized"}, 401)
+        return await handler(request)
+
+    return check
 
 
 def _json(answer: Any, status: int = 200) -> web.Response:

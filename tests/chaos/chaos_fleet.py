@@ -81,9 +81,9 @@ async def run_death(field: Field, death: Death, rounds: int | None = None) -> Ro
     row.check(set(row.clients) <= allowed, f"clients see nothing but {', '.join(sorted(allowed))}")
     other = "decode" if death.role == "prefill" else "prefill"
     if f"death to {other} leg's end" in row.figures:
-        row.check_p99(f"death to {other} leg's end", OTHER_LEG_MS)
+        row.check_p99(f"death to {other} leg's end", OTHER_LEG_MS[death.number])
     if "death to the client's answer" in row.figures:
-        row.check_p99("death to the client's answer", CLIENT_MS)
+        row.check_p99("death to the client's answer", CLIENT_MS[death.number])
     return row
 
 

@@ -6,7 +6,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -28,6 +28,13 @@ from extproc.envoy_process import EnvoyProcess
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 LONG_TOKENS = 250
 """A stream of 2-3 s: longer than the service is away."""
+LONGER_TOKENS = 800
+"""A stream of 7-8 s: longer than the drain delay and the load after it."""
+DRAIN_DELAY_S = 3.0
+AROUND_S = 1.0
+"""A client does not see when exactly the service closes; requests sent so close to it may go either way."""
+DRAINING_S = 4.0
+"""How long a worker of the load drains."""
 _READY = re.compile(r"ext_proc service on (\S+), metrics on (http://\S+)/metrics")
 
 
@@ -45,7 +52,7 @@ class Service:
         """Start it, and wait until it has a healthy pair."""
         workers = [part for engine in self._field.engines for part in (f"--{engine.role}", engine.url)]
         ports = ("--grpc-port", str(self.grpc_port), "--prometheus-port", str(self._status_port))
-        command = ("serve", *workers, *GATEWAY_FLAGS, *ports)
+        command = ("serve", *workers, *GATEWAY_FLAGS, *ports, "--shutdown-drain-delay-secs", str(DRAIN_DELAY_S))
         self.process = await self._field.do(lambda: Child("the service", command, self._log))
         ready = await self._field.do(
             lambda: self.process.wait_until(lambda: _READY.search(self.process.log_text), "ready", START_TIMEOUT_S)
@@ -112,33 +119,93 @@ async def service_killed(field: Field, service: Service, rounds: int) -> Row:
 
 
 async def service_stopped(field: Field, service: Service) -> Row:
-    """Row 10: SIGTERM of the service under load."""
-    row = Row(10, f"SIGTERM of the service alone under load of {LOAD}")
+    """Row 10: SIGTERM of the service under load, which goes on after the drain delay, when nobody is there any more."""
+    row = Row(10, f"SIGTERM of the service alone under load of {LOAD}, drain delay {DRAIN_DELAY_S:g} s")
     await field.calm()
     seen: list[Seen] = []
     health: list[tuple[float, str]] = []
     async with field.client() as client, asyncio.TaskGroup() as group:
         watch = group.create_task(_watch_health(service.target, health))
-        streams = [group.create_task(client.send(chat(LONG_TOKENS, stream=True))) for _ in range(4)]
+        streams = [group.create_task(client.send(chat(LONGER_TOKENS, stream=True))) for _ in range(4)]
         await asyncio.sleep(0.5)
-        loads = [group.create_task(load(client, seen, 2.0)) for _ in range(LOAD)]
+        loads = [group.create_task(load(client, seen, DRAIN_DELAY_S + 2.5)) for _ in range(LOAD)]
         await asyncio.sleep(0.5)
         stopped_unix = time.time()
         service.process.signal(signal.SIGTERM)
+        await field.until(_says(service, "draining: no new requests"), "the drain delay is over")
+        closed_unix = time.time()
         await asyncio.wait([*streams, *loads])
-        row.took("SIGTERM to exit", 1e3 * (await _exit_unix(service, stopped_unix) - stopped_unix))
+        ended_unix = max(task.result().ended_unix for task in streams)
+        row.took("last stream's end to exit", 1e3 * (await _exit_unix(service, stopped_unix) - ended_unix))
         watch.cancel()
-    before = [one for one in seen if one.sent_unix < stopped_unix]
-    later = [one for one in seen if one.sent_unix >= stopped_unix]
-    old = [*before, *(task.result() for task in streams)]
-    row.clients.update(f"{one.said(stream=True)} (sent before)" for one in old)
-    row.clients.update(f"{one.said(stream=True)} (sent later)" for one in later)
+    old = [*(one for one in seen if one.sent_unix < stopped_unix), *(task.result() for task in streams)]
+    meanwhile = [one for one in seen if stopped_unix <= one.sent_unix < stopped_unix + DRAIN_DELAY_S - AROUND_S]
+    later = [one for one in seen if one.sent_unix >= closed_unix + AROUND_S]
+    for when, some in (("sent before", old), ("sent in the drain delay", meanwhile), ("sent later", later)):
+        row.clients.update(f"{one.said(stream=True)} ({when})" for one in some)
     row.check(all(one.said(stream=True) == "200" for one in old), "the old requests are finished")
-    row.check(all(one.said(stream=True) == "200" for one in later), "no failed request afterwards")
+    row.check(bool(meanwhile), "there was traffic in the drain delay")
+    row.check(all(one.said(stream=True) == "200" for one in meanwhile), "no failed request in the drain delay")
+    row.check({one.status for one in later} == {503}, "then 503")
+    refused = [one for one in seen if one.status == 503]
+    row.check(all(one.headers.get("retry-after") == "1" for one in refused), "retry-after says when to come back")
+    row.check({one.said(stream=True) for one in seen} == {"200", "503"}, "nobody is served by half")
+    row.check(service.process.exit_status == 0, f"exit status 0 ({service.process.exit_status})")
     turned = [(when - stopped_unix) * 1e3 for when, status in health if status == "NOT_SERVING"]
     row.check(bool(turned), "health says NOT_SERVING")
+    if turned:
+        row.took("SIGTERM to NOT_SERVING", turned[0])
+        row.check_p99("SIGTERM to NOT_SERVING", 50)
     row.notes.append(f"health: {' -> '.join(status for _, status in health)}")
-    row.missing = "no drain of its own: it refuses new streams at once, and Envoy answers 503 for them"
+    await service.start()
+    async with field.client() as client:
+        row.check((await client.send(chat())).status == 200, "the next process serves")
+    return row
+
+
+def _says(service: Service, words: str) -> Callable[[], Awaitable[bool]]:
+    async def said() -> bool:
+        return words in service.process.log_text
+
+    return said
+
+
+async def worker_draining(field: Field, role: str) -> Row:
+    """Row 10: a worker is marked draining under load, and put back."""
+    row = Row(10, f"a {role} worker marked draining under load of {LOAD}, put back after {DRAINING_S:g} s")
+    await field.calm()
+    victim = next(engine for engine in field.engines if engine.role == role)
+    path = f"{field.stack.status_url}/workers/{role}/{victim.address}/drain"
+    seen: list[Seen] = []
+
+    async def left() -> bool:
+        return not await field.metric("extproc_legs_in_flight", worker=victim.address)
+
+    async with field.client() as client, asyncio.TaskGroup() as group:
+        streams = [group.create_task(client.send(chat(LONG_TOKENS, stream=True))) for _ in range(4)]
+        loads = [group.create_task(load(client, seen, DRAINING_S + 3.0)) for _ in range(LOAD)]
+        await asyncio.sleep(1.0)
+        async with field.http.put(path) as answer:
+            marked_unix = time.time()
+            state = await answer.json()
+        row.took("marked to none in flight", 1e3 * await field.until(left, "none in flight"))
+        await asyncio.sleep(max(0.0, marked_unix + DRAINING_S - time.time()))
+        undone_unix = time.time()
+        async with field.http.delete(path):
+            pass
+        await asyncio.wait([*streams, *loads])
+    every = [*seen, *(task.result() for task in streams)]
+    row.clients.update(one.said(stream=True) for one in every)
+    row.check(set(row.clients) == {"200"}, "0 failed")
+    row.check(state["draining"], "it is marked")
+    arrived = [record["arrived_unix"] for record in victim.requests()]
+    before = sum(one < marked_unix for one in arrived)
+    row.check(before > 0, "it had requests before")
+    row.notes.append(f"{before} requests on it before, {state['in_flight']} of them in flight when it was marked")
+    # What was placed before the mark may arrive a moment after it.
+    late = [one for one in arrived if marked_unix + 0.05 * row.slack < one < undone_unix]
+    row.check(not late, f"nothing new arrives there ({len(late)})")
+    row.check(any(one > undone_unix for one in arrived), "it gets requests again when that is undone")
     return row
 
 

@@ -22,7 +22,14 @@ from chaos_field import Field, running_field
 from chaos_fleet import DEATHS, PAGES, all_down, bad_pages, killed_under_load, run_death
 from chaos_legs import CASES, run_case
 from chaos_rows import Row, print_rows
-from chaos_service import apart, gateway_stopped, service_killed, service_stopped, wrong_prefill_streams
+from chaos_service import (
+    apart,
+    gateway_stopped,
+    service_killed,
+    service_stopped,
+    worker_draining,
+    wrong_prefill_streams,
+)
 from rich.console import Console
 
 Step = tuple[int, Callable[[], Awaitable[Row | list[Row]]]]
@@ -44,6 +51,8 @@ def steps(field: Field, count: int) -> Iterable[Step]:
     for kind in PAGES:
         yield 11, partial(bad_pages, field, kind)
     yield 12, partial(overload, field)
+    yield 10, partial(worker_draining, field, "prefill")
+    yield 10, partial(worker_draining, field, "decode")
     yield 10, partial(gateway_stopped, field)
 
 

@@ -10,7 +10,7 @@ from chaos_field import Field, running_field
 from chaos_fleet import DEATHS, Death, all_down, bad_pages, run_death
 from chaos_legs import CASES, Case, run_case
 from chaos_rows import Row
-from chaos_service import apart, service_killed, wrong_prefill_streams
+from chaos_service import apart, service_killed, service_stopped, worker_draining, wrong_prefill_streams
 
 pytestmark = pytest.mark.envoy
 
@@ -26,14 +26,6 @@ LEFT_OUT = {
     "decode closes mid-stream",
 }
 """Much like others that are here; for `make chaos` only."""
-
-KNOWN = {
-    "one prefill resets, /generate stream": "the response has begun by then",
-    "decode resets mid-stream": "a broken stream takes 0.27 s to end, and is logged as ok",
-    "decode closes mid-stream, /generate": "a broken stream takes 0.27 s to end, and is logged as ok",
-    "one decode dies mid-stream, 16 in flight": "a broken stream takes 0.27 s to end",
-}
-"""What does not hold yet, or not always, by the name of the fault. To be emptied."""
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +45,18 @@ def field(runner: asyncio.Runner) -> Iterator[Field]:
     runner.run(stack.__aexit__(None, None, None))
 
 
-def named(case: Case | Death) -> object:
-    """A parameter; an expected failure when it is known."""
-    marks = [pytest.mark.xfail(reason=KNOWN[case.name], strict=False)] if case.name in KNOWN else []
-    return pytest.param(case, id=f"{case.number}: {case.name}", marks=marks)
-
-
 def check(*rows: Row) -> None:
     """Everything that is promised holds."""
     for row in rows:
         assert not row.failed, f"{row.number} {row.fault}: {row.failed}, clients {row.clients}, {row.notes}"
 
 
-@pytest.mark.parametrize("case", [named(case) for case in CASES if case.name not in LEFT_OUT])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in LEFT_OUT], ids=lambda case: case.name)
 def test_a_leg_fails(runner: asyncio.Runner, field: Field, case: Case) -> None:
     check(runner.run(run_case(field, case, 4 if case.everywhere else COUNT)))
 
 
-@pytest.mark.parametrize("death", [named(death) for death in DEATHS])
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.name)
 def test_an_engine_dies(runner: asyncio.Runner, field: Field, death: Death) -> None:
     check(runner.run(run_death(field, death, rounds=1)))
 
@@ -104,9 +90,18 @@ def test_metrics_pages_are_wrong(runner: asyncio.Runner, field: Field, kind: str
     check(runner.run(bad_pages(field, kind, seconds=1.0)))
 
 
-def test_the_service_dies_or_is_asked_nonsense(runner: asyncio.Runner, field: Field) -> None:
-    async def both() -> list[Row]:
-        async with apart(field) as service:
-            return [*await wrong_prefill_streams(field, service, 3), await service_killed(field, service, 1)]
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_drains(runner: asyncio.Runner, field: Field, role: str) -> None:
+    check(runner.run(worker_draining(field, role)))
 
-    check(*runner.run(both()))
+
+def test_the_service_dies_stops_or_is_asked_nonsense(runner: asyncio.Runner, field: Field) -> None:
+    async def all_of_them() -> list[Row]:
+        async with apart(field) as service:
+            return [
+                *await wrong_prefill_streams(field, service, 3),
+                await service_killed(field, service, 1),
+                await service_stopped(field, service),
+            ]
+
+    check(*runner.run(all_of_them()))

@@ -1,12 +1,23 @@
 """The service over gRPC, driven by an independent implementation of the protocol (`envoy-data-plane`)."""
 
 import asyncio
+import functools
 import json
 import random
 
 import grpc.aio
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.data.accesslog.v3 import (
+    AccessLogCommon,
+    HttpAccessLogEntry,
+    HttpRequestProperties,
+    ResponseFlags,
+)
+from envoy_data_plane.envoy.service.accesslog.v3 import (
+    StreamAccessLogsMessage,
+    StreamAccessLogsMessageHttpAccessLogEntries,
+)
 from envoy_data_plane.envoy.service.ext_proc.v3 import (
     CommonResponseResponseStatus,
     HttpBody,
@@ -24,6 +35,7 @@ from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
 from extproc.service import ExternalProcessor, make_server
 
+ACCESS_LOG = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 WORKERS = [
     Worker("p:1", Role.PREFILL, "http://p:1", "10.0.1.1:1", "p", 8998, 2),
@@ -52,8 +64,8 @@ def set_headers(common):
 class Stream:
     """One ext_proc stream, as Envoy opens it."""
 
-    def __init__(self, channel, leg):
-        self._call = channel.stream_stream(METHOD)(metadata=(("x-pd-leg", leg),))
+    def __init__(self, channel, leg="route", method=METHOD):
+        self._call = channel.stream_stream(method)(metadata=(("x-pd-leg", leg),))
 
     async def ask(self, message):
         await self._call.write(bytes(message))
@@ -92,7 +104,7 @@ def run(script, *, healthy=True, **settings):
         limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limits) as channel, asyncio.timeout(60):
-                await script(lambda leg="route": Stream(channel, leg), finished)
+                await script(functools.partial(Stream, channel), finished)
         finally:
             await server.stop(0)
         assert processor.open_streams == gateway.open_rooms == 0
@@ -163,6 +175,43 @@ def test_a_client_that_leaves_ends_prefill():
         assert (await prefill.read()).immediate_response.status.code == 499
         prefill.cancel()
         assert (await finished.get()).outcome is Outcome.ABORTED
+
+    run(script)
+
+
+def test_early_headers_wait_for_prefill_and_the_access_log_tells_who_broke_the_stream():
+    async def script(open_stream, finished):
+        route, prefill = open_stream(), open_stream("prefill")
+        await route.ask(POST)
+        placed = set_headers((await route.ask(body(BODY))).request_body.response)
+        await prefill.ask(headers(placed))
+        patience = await route.ask(headers({":status": "200"}, response=True))
+        assert patience.override_message_timeout.total_seconds() > 600
+        await prefill.ask(headers({":status": "200"}, response=True))
+        assert (await route.read()).response_headers is not None
+        log = open_stream("", method=ACCESS_LOG)
+        entry = HttpAccessLogEntry(
+            common_properties=AccessLogCommon(response_flags=ResponseFlags(upstream_connection_termination=True)),
+            request=HttpRequestProperties(request_headers={"x-pd-room": placed["x-pd-room"]}),
+        )
+        entries = StreamAccessLogsMessageHttpAccessLogEntries(log_entry=[entry])
+        route.cancel()
+        await log.send(bytes(StreamAccessLogsMessage(http_logs=entries)))
+        assert (await prefill.read()).immediate_response.status.code == 499
+        prefill.cancel()
+        record = await finished.get()
+        assert (record.outcome, record.decode_end) == (Outcome.DECODE_FAILED, "failed")
+        log.cancel()
+
+    run(script)
+
+
+def test_nonsense_in_the_access_log_ends_its_stream():
+    async def script(open_stream, finished):
+        log = open_stream("", method=ACCESS_LOG)
+        await log.send(b"nonsense")
+        with pytest.raises(grpc.aio.AioRpcError, match="not a StreamAccessLogsMessage"):
+            await log.read()
 
     run(script)
 

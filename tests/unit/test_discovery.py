@@ -568,6 +568,18 @@ def test_headers_go_with_every_request():
     assert {value for _, value in seen} == {"Bearer of p:30000"}
 
 
+def test_headers_are_asked_for_at_each_check():
+    seen = []
+
+    async def engine(request):
+        seen.append(request.headers.get("authorization"))
+        return httpx.Response(503)
+
+    keys = iter(["old", "new"])
+    watch_for(CONFIG.worker_startup_check_interval + 1, {"p": engine}, headers=lambda _: {"authorization": next(keys)})
+    assert seen == ["old", "new"]
+
+
 def test_an_infos_secrets_are_not_logged(caplog):
     caplog.set_level(logging.DEBUG)
     watch_for(20, {"p": Engine(disaggregation_mode="decode", dp_size="secret")})

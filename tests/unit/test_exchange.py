@@ -9,13 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.config import Config, WorkerConfig
+from extproc.errors import ConfigError
 from extproc.estimate import ASK_EVERY, ASK_FIRST
 from extproc.events import (
     Answer,
+    Broken,
+    Effect,
     Ended,
+    Extend,
     Finished,
     Immediate,
     Leg,
+    LegEnd,
+    Linger,
     Outcome,
     Phase,
     RequestBody,
@@ -27,7 +33,7 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.exchange import HOLD_S, PREFILL_GRACE_S, Exchange, Gateway, ProtocolViolation
+from extproc.exchange import EXTENSION_S, HOLD_S, VERDICT_S, Exchange, Gateway, ProtocolViolation
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
@@ -68,14 +74,22 @@ def nothing_charged(gateway: Gateway) -> bool:
     )
 
 
-def dispatch(gateway: Gateway, body=BODY, **headers) -> tuple[Exchange, Answer]:
+def dispatch(gateway: Gateway, body=BODY, path="/generate", **headers) -> tuple[Exchange, Answer]:
     """A placed exchange, and the answer to its body."""
     exchange = Exchange(gateway)
-    assert exchange.route(post(**headers)) == [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
+    assert exchange.route(post(path, **headers)) == [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
     send, *_ = exchange.route(RequestBody(body))
     assert send.leg is Leg.ROUTE
     assert isinstance(send.reply, Answer)
     return exchange, send.reply
+
+
+CHAT = b'{"messages": [{"role": "user", "content": "hello"}]}'
+
+
+def dispatch_chat(gateway: Gateway) -> tuple[Exchange, Answer]:
+    """The same on an endpoint whose decode worker sends headers with the first token."""
+    return dispatch(gateway, body=CHAT, path="/v1/chat/completions")
 
 
 def start_prefill(gateway: Gateway, exchange: Exchange, answer: Answer) -> Answer:
@@ -85,6 +99,14 @@ def start_prefill(gateway: Gateway, exchange: Exchange, answer: Answer) -> Answe
     [send] = exchange.prefill(headers)
     assert send.leg is Leg.PREFILL
     return send.reply
+
+
+def settle(exchange: Exchange, *, well: bool = True) -> list[Effect]:
+    """The route stream ends after a response; effects of the time that the verdict takes."""
+    effects = exchange.route(Ended())
+    assert effects[-1] == Linger(VERDICT_S)
+    assert not (well and effects[1:])
+    return exchange.route(Woken())
 
 
 def test_the_normal_course():
@@ -111,8 +133,11 @@ def test_the_normal_course():
     assert shared.table.states[0].in_flight == 0  # prefill is over, decode goes on
 
     assert exchange.route(respond()) == [Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))]
-    [finished] = exchange.route(Ended())
+    assert exchange.route(Ended()) == [Linger(VERDICT_S)]
+    assert all(state.in_flight == 0 for state in shared.table.states)  # what is to come is a verdict, not work
+    [finished] = exchange.route(Woken())
     assert finished.outcome is Outcome.OK
+    assert (finished.prefill_end, finished.decode_end) == (LegEnd.OK, LegEnd.OK)
     assert finished.status == 200
     assert finished.prefill_s > 0
     assert nothing_charged(shared)
@@ -120,7 +145,7 @@ def test_the_normal_course():
 
 def test_response_headers_name_the_workers_where_switched_on():
     shared = gateway(response_headers=True)
-    exchange, _ = dispatch(shared)
+    exchange, _ = dispatch_chat(shared)
     [send] = exchange.route(respond())
     assert dict(send.reply.set_headers)["x-pd-prefill"].startswith("p0:1;dp_rank=")
 
@@ -141,7 +166,7 @@ def test_prefills_answer_tells_how_long_the_prompt_was():
     assert shared.table.states[0].in_flight == 0  # with the whole answer here, prefill is done
     assert exchange.prefill(Ended()) == []
     exchange.route(respond())
-    [finished] = exchange.route(Ended())
+    [finished] = settle(exchange)
     assert (finished.prompt_tokens, finished.counted_tokens) == (100, 200)
     assert nothing_charged(shared)
     # The next prompt is estimated better.
@@ -159,7 +184,7 @@ def test_an_answer_without_a_count_changes_nothing(body):
     assert exchange.prefill(ResponseBody(body)) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_BODY))]
     exchange.prefill(Ended())
     exchange.route(respond())
-    [finished] = exchange.route(Ended())
+    [finished] = settle(exchange)
     assert (finished.outcome, finished.counted_tokens) == (Outcome.OK, None)
     assert shared.estimator.known() == {}
 
@@ -171,7 +196,7 @@ def test_prefill_may_end_before_the_answer_that_was_asked_for():
     exchange.prefill(respond(**COUNTED))
     assert exchange.prefill(Ended()) == []
     exchange.route(respond())
-    [finished] = exchange.route(Ended())
+    [finished] = settle(exchange)
     assert finished.outcome is Outcome.OK
     assert nothing_charged(shared)
 
@@ -224,23 +249,23 @@ def test_after_the_first_ones_only_some_are_asked():
 def test_the_loads_are_explained_where_switched_on():
     shared = gateway(explain=True)
     shared.table.charge(shared.table.states[0], 0, 500)
-    exchange, _ = dispatch(shared)
+    exchange, _ = dispatch_chat(shared)
     [send] = exchange.route(respond())
     headers = dict(send.reply.set_headers)
     assert headers == {
         "x-pd-prefill-loads": "p0:1/0=500@-, p0:1/1*=0@-",
         "x-pd-decode-loads": headers["x-pd-decode-loads"],
     }
-    [finished] = exchange.route(Ended())
+    [finished] = settle(exchange)
     assert finished.explanation.prefill == headers["x-pd-prefill-loads"]
 
 
 def test_and_not_where_it_is_not():
     shared = gateway()
-    exchange, _ = dispatch(shared)
+    exchange, _ = dispatch_chat(shared)
     [send] = exchange.route(respond())
     assert send.reply.set_headers == ()
-    [finished] = exchange.route(Ended())
+    [finished] = settle(exchange)
     assert finished.explanation is None
 
 
@@ -296,23 +321,59 @@ def test_without_a_healthy_pair_it_is_503_before_the_upload(missing):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/models"), ("GET", "/generate"), ("POST", "/flush_cache"), ("POST", "/v1/unknown"), ("DELETE", "/")],
+    [
+        ("GET", "/v1/models"),
+        ("HEAD", "/v1/models?x=1"),
+        ("GET", "/v1/models/some/adapter"),
+        ("POST", "/tokenize"),
+        ("OPTIONS", "/v1/chat/completions"),
+    ],
 )
 def test_other_requests_go_to_one_decode_worker_untouched(method, path):
     shared = gateway()
     exchange = Exchange(shared)
     headers = {":method": method, ":path": path, "x-pd-room": "1", "x-override-rid": "2"}
-    [send] = exchange.route(RequestHeaders(headers, method == "GET"))
+    [send] = exchange.route(RequestHeaders(headers, method != "POST"))
     answer = send.reply
     assert dict(answer.set_headers) == {"x-pd-mode": "direct", "x-pd-decode-endpoint": "10.0.2.0:1"}
     assert answer.body is None
-    assert answer.skip_request_body == (method != "GET")
+    assert answer.skip_request_body == (method == "POST")
     assert answer.remove_headers == ("x-pd-room", "x-override-rid")
     exchange.route(respond(404))
     [finished] = exchange.route(Ended())
     assert finished.endpoint == "other"
     assert finished.direct_worker == "d0:1"
     assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/generate"),
+        ("POST", "/generate/"),
+        ("POST", "/v1/responses"),
+        ("POST", "/flush_cache"),
+        ("POST", "/abort_request"),
+        ("POST", "/v1/models"),
+        ("GET", "/v1/modelsx"),
+        ("GET", "/server_info"),
+        ("DELETE", "/"),
+    ],
+)
+def test_what_is_not_listed_reaches_no_engine(method, path):
+    shared = gateway()
+    exchange = Exchange(shared)
+    [send] = exchange.route(RequestHeaders({":method": method, ":path": path}, method == "GET"))
+    assert send.reply.status == 404
+    assert "POST" in json.loads(send.reply.body)["error"]["message"]
+    [finished] = exchange.route(Ended())
+    assert finished.outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("entry", ["/v1/models", "get /x", "GET x", ""])
+def test_a_path_that_is_no_path_is_a_configuration_error(entry):
+    with pytest.raises(ConfigError, match="GET /v1/models"):
+        gateway(direct_paths=(entry,))
 
 
 def test_clients_cannot_steer():
@@ -370,26 +431,159 @@ def test_prefills_4xx_reaches_the_client_word_for_word_and_is_not_retried():
 
 def test_prefill_may_answer_a_moment_after_the_response_has_ended():
     shared = gateway()
-    exchange, answer = dispatch(shared)
+    exchange, answer = dispatch_chat(shared)
     start_prefill(shared, exchange, answer)
     exchange.route(respond())
-    assert exchange.route(Ended()) == [Wake(Leg.PREFILL, PREFILL_GRACE_S)]
+    assert exchange.route(Ended()) == [Linger(VERDICT_S)]
     assert exchange.prefill(respond()) == [Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))]
-    [finished] = exchange.prefill(Ended())
+    assert exchange.prefill(Ended()) == []
+    [finished] = exchange.route(Woken())
     assert finished.outcome is Outcome.OK
     assert nothing_charged(shared)
 
 
 def test_but_not_longer():
     shared = gateway()
-    exchange, answer = dispatch(shared)
+    exchange, answer = dispatch_chat(shared)
     start_prefill(shared, exchange, answer)
     exchange.route(respond())
-    exchange.route(Ended())
-    [abort] = exchange.prefill(Woken())
+    [abort] = settle(exchange)
     assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)
-    exchange.prefill(Ended())
+    [finished] = exchange.prefill(Ended())
+    assert (finished.outcome, finished.prefill_end, finished.decode_end) == (Outcome.OK, "cancelled", "ok")
     assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(
+    ("by_client", "outcome", "ends", "circuit"),
+    [
+        (True, Outcome.ABORTED, ("cancelled", "cancelled"), "closed"),
+        (False, Outcome.DECODE_FAILED, ("cancelled", "failed"), "open"),
+    ],
+)
+@pytest.mark.parametrize("first", ["the log", "the end"])
+def test_the_access_log_tells_who_broke_off_the_response(by_client, outcome, ends, circuit, first):
+    shared = gateway(cb_failure_threshold=1)
+    exchange, answer = dispatch_chat(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.route(respond())
+    broken = Broken(by_client, "XX")
+    room = int(dict(answer.set_headers)["x-pd-room"])
+    assert shared.broken(room) is exchange
+    if first == "the log":
+        assert exchange.route(broken) == []
+        [abort] = exchange.route(Ended())
+    else:
+        assert exchange.route(Ended()) == [Linger(VERDICT_S)]
+        [abort] = exchange.route(broken)
+    assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)  # at once
+    [finished] = exchange.prefill(Ended())
+    assert (finished.outcome, finished.status) == (outcome, 200)
+    assert "(XX)" in finished.reason
+    assert (finished.prefill_end, finished.decode_end) == ends
+    assert circuits(shared)["d0:1"] == circuit
+    assert shared.broken(room) is None
+    assert nothing_charged(shared)
+
+
+def wait_for_prefill(shared: Gateway) -> tuple[Exchange, Answer]:
+    """Decode has sent the headers of a `/generate` stream while prefill was at work."""
+    exchange, answer = dispatch(shared)
+    start_prefill(shared, exchange, answer)
+    limit_s = shared.config.prefill_timeout_secs + EXTENSION_S
+    assert exchange.route(respond()) == [Send(Leg.ROUTE, Extend(limit_s))]
+    return exchange, answer
+
+
+def test_early_headers_wait_for_prefill():
+    shared = gateway()
+    exchange, _ = wait_for_prefill(shared)
+    go_on, release = exchange.prefill(respond())
+    assert go_on.leg is Leg.PREFILL
+    assert release == Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))
+    assert exchange.prefill(Ended()) == []
+    [finished] = settle(exchange)
+    assert finished.outcome is Outcome.OK
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize("status", [500, 503, None])
+def test_so_that_a_retry_is_possible_when_prefill_fails(status):
+    shared = gateway()
+    exchange, _ = wait_for_prefill(shared)
+    abort = exchange.prefill(respond(status) if status else Ended())[-1]
+    assert (abort.leg, abort.reply.status) == (Leg.ROUTE, 502)
+    assert ("x-pd-retry", "prefill") in abort.reply.headers
+    if status:
+        exchange.prefill(Ended())
+    effects = exchange.route(Ended())
+    [finished] = effects if status != 500 else exchange.route(Woken())
+    assert (finished.outcome, finished.prefill_end, finished.decode_end) == ("prefill_failed", "failed", "cancelled")
+    assert nothing_charged(shared)
+
+
+def test_and_prefills_4xx_reaches_the_client():
+    shared = gateway()
+    exchange, _ = wait_for_prefill(shared)
+    assert len(exchange.prefill(respond(422))) == 1
+    [_, abort] = exchange.prefill(ResponseBody(b"too odd"))
+    assert (abort.leg, abort.reply.status, abort.reply.body) == (Leg.ROUTE, 422, b"too odd")
+    exchange.prefill(Ended())
+    [finished] = exchange.route(Ended())
+    assert (finished.outcome, finished.prefill_end) == (Outcome.ENGINE_REJECTED, "rejected")
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(
+    ("word", "outcome"),
+    [
+        (Broken(True, "DC"), Outcome.ABORTED),
+        (Broken(False, "UC"), Outcome.DECODE_FAILED),
+        (Woken(), Outcome.ABORTED),
+    ],
+)
+@pytest.mark.parametrize("first", ["the log", "the end"])
+def test_a_stream_that_ends_while_it_waits_ends_prefill_at_once(word, outcome, first):
+    shared = gateway()
+    exchange, answer = wait_for_prefill(shared)
+    told_before = first == "the log" and isinstance(word, Broken)
+    if told_before:
+        assert exchange.route(word) == []
+    abort, *linger = exchange.route(Ended())
+    assert (abort.leg, abort.reply.status) == (Leg.PREFILL, 499)
+    if not told_before:
+        assert linger == [Linger(VERDICT_S)]
+        assert exchange.route(word) == []
+    [finished] = exchange.prefill(Ended())
+    assert finished.outcome is outcome
+    # Had decode broken off, Envoy would try again, at another.
+    _, again = dispatch(shared, x_envoy_attempt_count="2")
+    decode = "x-pd-decode-endpoint"
+    assert dict(again.set_headers)[decode] != dict(answer.set_headers)[decode]
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_what_the_access_log_says_of_a_settled_attempt_changes_nothing(status):
+    shared = gateway()
+    exchange, _ = dispatch_chat(shared)
+    assert exchange.route(Broken(False, "UC")) == []
+    exchange.route(respond(status))
+    effects = exchange.route(Ended())
+    [finished] = effects if status == 503 else exchange.route(Woken())
+    assert exchange.route(Broken(False, "UC")) == []
+    assert finished.status == status
+    assert nothing_charged(shared)
+
+
+def test_the_prefill_leg_does_not_stream():
+    """Once its stream had begun, a prefill engine could not say with a status that it failed."""
+    shared = gateway()
+    exchange, answer = dispatch(
+        shared, body=b'{"text": "x", "stream": true, "stream_options": {"include_usage": true}}'
+    )
+    prefill = json.loads(start_prefill(shared, exchange, answer).body)
+    assert (prefill["stream"], prefill["stream_options"]) == (False, None)
+    assert json.loads(answer.body)["stream"] is True
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["running", "never arrived"])
@@ -403,7 +597,7 @@ def test_prefill_that_takes_too_long_is_a_504_for_the_client(arrived, responding
     if arrived:
         start_prefill(shared, exchange, send.reply)
     if responding:
-        exchange.route(respond())
+        exchange.route(respond())  # a stream's early headers
     abort, *ended = exchange.route(Woken())
     assert (abort.leg, abort.reply.status) == (Leg.ROUTE, 504)
     assert "7 s" in json.loads(abort.reply.body)["error"]["message"]
@@ -465,7 +659,7 @@ def test_an_open_circuit_is_tried_again_with_one_request():
     )
     exchange, answer = dispatch(shared)
     start_prefill(shared, exchange, answer)
-    exchange.prefill(respond(500))
+    exchange.prefill(respond(503))
     exchange.prefill(Ended())
     exchange.route(Ended())
     trial, answer = dispatch(shared)  # the clock ticks with every look
@@ -561,10 +755,45 @@ def test_decodes_500_waits_a_moment_for_prefills_word_and_then_goes_on_as_it_is(
     [send, abort] = exchange.route(Woken())
     assert ("x-pd-retry", "decode") in send.reply.set_headers
     assert abort.leg is Leg.PREFILL
-    exchange.route(Ended())
-    [finished] = exchange.prefill(Ended())
+    assert exchange.route(Ended()) == [Linger(VERDICT_S)]
+    exchange.prefill(Ended())
+    assert set(circuits(shared).values()) == {"closed"}  # it may yet turn out to be an echo
+    [finished] = exchange.route(Woken())
     assert finished.outcome is Outcome.DECODE_FAILED
-    assert set(circuits(shared).values()) == {"closed"}  # it may have been an echo
+    assert circuits(shared) == {"p0:1": "closed", "p1:1": "closed", "d0:1": "open", "d1:1": "closed"}
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize("guilty", [Role.PREFILL, Role.DECODE])
+def test_a_500_is_not_blamed_on_the_partner_of_a_worker_that_fails_at_the_same_time(guilty):
+    """16 requests in flight when an engine dies: some of its partners' 500s arrive before its own connections break."""
+    shared = gateway(workers=(PREFILLS[0], DECODES[0]), cb_failure_threshold=8)
+    running = []
+    for _ in range(16):
+        exchange, answer = dispatch(shared)
+        start_prefill(shared, exchange, answer)
+        running.append(exchange)
+    for number, exchange in enumerate(running):
+        if number % 2:  # the broken connection was first
+            if guilty is Role.DECODE:
+                exchange.route(respond(503))
+            exchange.prefill(Ended())
+            exchange.route(Ended())
+        else:  # the echo was
+            if guilty is Role.DECODE:
+                exchange.prefill(respond(500))
+                exchange.prefill(Ended())
+            else:
+                exchange.route(respond(500))
+                exchange.route(Woken())
+                exchange.prefill(Ended())
+            assert exchange.route(Ended()) == [Linger(VERDICT_S)]
+    for exchange in running[::2]:
+        [_finished] = exchange.route(Woken())
+    assert circuits(shared) == {
+        "p0:1": "open" if guilty is Role.PREFILL else "closed",
+        "d0:1": "open" if guilty is Role.DECODE else "closed",
+    }
     assert nothing_charged(shared)
 
 
@@ -584,6 +813,7 @@ def test_decodes_500_was_the_echo_of_prefills_4xx():
     shared = gateway()
     exchange = hold(shared)
     exchange.prefill(respond(422))
+    assert exchange.route(Woken()) == []  # the reason is under way
     [_, abort] = exchange.prefill(ResponseBody(b"too odd"))
     assert (abort.reply.status, abort.reply.body) == (422, b"too odd")
     exchange.route(Ended())
@@ -601,18 +831,15 @@ def test_a_prefill_stream_is_refused_once_decode_has_failed():
     assert nothing_charged(shared)
 
 
-@pytest.mark.parametrize(("path", "cut"), [("/generate", True), ("/v1/completions", False)])
-def test_prefill_that_breaks_during_the_response(path, cut):
+def test_prefill_that_breaks_during_the_response_is_needed_no_more():
     """OpenAI's endpoints answer with the first token: decode has all it needs by then."""
     shared = gateway()
-    exchange = Exchange(shared)
-    exchange.route(post(path))
-    send, *_ = exchange.route(RequestBody(b'{"text": "x", "prompt": "x"}'))
-    start_prefill(shared, exchange, send.reply)
+    exchange, answer = dispatch_chat(shared)
+    start_prefill(shared, exchange, answer)
     exchange.route(respond())
-    effects = exchange.prefill(Ended())
-    assert [effect.reply.status for effect in effects] == [502] * cut
-    exchange.route(Ended())
+    assert exchange.prefill(Ended()) == []
+    [finished] = settle(exchange)
+    assert (finished.outcome, finished.prefill_end) == (Outcome.OK, "failed")
     assert nothing_charged(shared)
 
 
@@ -630,7 +857,7 @@ def test_the_next_attempt_takes_another_pair():
 
 def test_workers_cannot_set_our_response_headers():
     shared = gateway()
-    exchange, _ = dispatch(shared)
+    exchange, _ = dispatch_chat(shared)
     [send] = exchange.route(respond(**{"x-pd-retry": "1", "content-type": "x"}))
     assert send.reply.remove_headers == ("x-pd-retry",)
 
@@ -654,15 +881,18 @@ EVENTS = st.sampled_from(
     [
         (Leg.ROUTE, post()),
         (Leg.ROUTE, post("/v1/models")),
+        (Leg.ROUTE, post("/v1/chat/completions")),
         (Leg.ROUTE, RequestBody(BODY)),
         (Leg.ROUTE, RequestBody(b"nonsense")),
-        *((Leg.ROUTE, respond(status)) for status in (200, 400, 503)),
+        *((Leg.ROUTE, respond(status)) for status in (200, 400, 500, 503)),
         (Leg.ROUTE, Trailers(Phase.RESPONSE_TRAILERS)),
         (Leg.PREFILL, RequestHeaders({}, False)),
         *((Leg.PREFILL, respond(status)) for status in (200, 404, 500)),
         (Leg.PREFILL, respond(**COUNTED)),
         (Leg.PREFILL, ResponseBody(b"no")),
-        (Leg.PREFILL, Woken()),
+        (Leg.ROUTE, Woken()),
+        (Leg.ROUTE, Broken(True, "DC")),
+        (Leg.ROUTE, Broken(False, "UC")),
         (Leg.PREFILL, Ended()),
         (Leg.ROUTE, Ended()),
     ]
@@ -678,13 +908,15 @@ class Streams:
         self.open = {Leg.ROUTE: True, Leg.PREFILL: False}
         self.had_prefill = False
         self.request_headers = {}
+        self.lingers = False
         self.finished = []
 
     def feed(self, leg, event) -> None:
         if leg is Leg.PREFILL and not self.had_prefill:
             event = RequestHeaders(self.request_headers, False)
             self.had_prefill = self.open[leg] = self.gateway.find(event) is self.exchange
-        if not self.open[leg]:
+        late = (isinstance(event, Broken) and self.gateway.open_rooms) or (isinstance(event, Woken) and self.lingers)
+        if not self.open[leg] and not late:
             return
         if isinstance(event, Ended):
             self.open[leg] = False
@@ -695,6 +927,9 @@ class Streams:
         for effect in effects:
             if isinstance(effect, Finished):
                 self.finished.append(effect)
+                self.lingers = False
+            elif isinstance(effect, Linger):
+                self.lingers = True
             elif isinstance(effect, Send) and isinstance(effect.reply, Answer) and effect.leg is Leg.ROUTE:
                 self.request_headers |= dict(effect.reply.set_headers)
 
@@ -708,5 +943,9 @@ def test_any_order_of_events_ends_with_nothing_charged(script, closing_order):
     for leg in closing_order:
         if streams.open[leg]:
             streams.feed(leg, Ended())
+    if streams.lingers:
+        streams.feed(Leg.ROUTE, Woken())
+        if streams.open[Leg.PREFILL]:
+            streams.feed(Leg.PREFILL, Ended())
     assert len(streams.finished) == 1
     assert nothing_charged(streams.gateway)

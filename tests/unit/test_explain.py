@@ -91,6 +91,7 @@ def test_the_table_as_json():
         "worker": "prefill0:1",
         "role": "prefill",
         "healthy": True,
+        "draining": False,
         "endpoint": "10.0.0.0:1",
         "model": None,
         "dp_size": 2,

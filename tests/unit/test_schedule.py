@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from extproc.config import Config
-from extproc.errors import ConfigError, NoWorker
+from extproc.errors import ConfigError, NoWorker, Overloaded
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
 from extproc.request import Endpoint, GenerationRequest
@@ -114,3 +114,20 @@ def test_failed_workers_are_avoided_while_there_are_others():
 def test_unknown_names_are_named(settings):
     with pytest.raises(ConfigError, match=r"'best', expected one of \w+"):
         cluster(**settings)
+
+
+@pytest.mark.parametrize("limit", [3, -1, 0])
+def test_at_most_so_many_requests_are_in_flight(limit):
+    table, scheduler = cluster(max_concurrent_requests=limit)
+    placed = [scheduler.place(request(), avoid=()) for _ in range(3)]
+    if limit <= 0:  # as in sglang_router: no limit
+        scheduler.check_available()
+        scheduler.place(request())
+        return
+    table.release(placed[0].prefill)  # a request is in flight until its decode leg ends
+    for refuse in (scheduler.check_available, lambda: scheduler.place(request())):
+        with pytest.raises(Overloaded, match="3 requests are in flight"):
+            refuse()
+    table.release(placed[0].decode)
+    scheduler.check_available()
+    scheduler.place(request())

@@ -287,6 +287,36 @@ def test_headers_are_asked_for_each_request():
     assert seen == [("Bearer x for b:1", "identity"), ("Bearer y for b:1", "identity")]
 
 
+def test_headers_are_for_the_worker_s_own_host():
+    """Figures may be kept by somebody else, and a redirect may lead anywhere: neither gets the key."""
+    seen = {}
+
+    async def answer(request):
+        seen.setdefault(str(request.url), request.headers.get("authorization"))
+        if request.url.path == "/moved":
+            return httpx.Response(302, headers={"location": "http://elsewhere:1/metrics"})
+        return httpx.Response(503)
+
+    async def work():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), follow_redirects=True) as client:
+            with pytest.raises(FetchError):
+                await read_loads(
+                    client,
+                    ["http://b:1/metrics", "http://b:2/moved", "https://keeper:1/metrics", "http://b.keeper:1/metrics"],
+                    timeout_s=5,
+                    worker="b:1",
+                    headers={"authorization": "Bearer x"},
+                )
+
+    asyncio.run(work())
+    assert seen == {
+        "http://b:1/metrics": "Bearer x",
+        "http://b:2/moved": "Bearer x",
+        "https://keeper:1/metrics": None,
+        "http://b.keeper:1/metrics": None,
+    }
+
+
 def test_a_connection_closed_while_idle_is_tried_once_more():
     answers = iter([httpx.RemoteProtocolError("Server disconnected"), METRICS])
 

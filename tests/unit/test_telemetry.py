@@ -6,7 +6,7 @@ from dataclasses import replace
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from extproc.events import Finished, Outcome
+from extproc.events import Finished, LegEnd, Outcome
 from extproc.explain import Explanation
 from extproc.load import LoadTable
 from extproc.model import Pick, Placement, RankLoad, Role, Worker
@@ -29,6 +29,8 @@ RECORD = Finished(
     decision_s=0.0001,
     response_headers_s=0.25,
     prefill_s=0.2,
+    prefill_end=LegEnd.OK,
+    decode_end=LegEnd.OK,
 )
 
 
@@ -44,7 +46,7 @@ def samples(telemetry):
 def test_one_log_line():
     assert log_line(RECORD) == (
         "outcome=ok status=200 endpoint=/generate request_id=abc attempt=1 prefill=p:1/1 decode=d:1/- room=7 "
-        "prompts=2 tokens=12 response_headers_ms=250.0 prefill_ms=200.0 duration_ms=1500.0"
+        "prompts=2 tokens=12 prefill_end=ok decode_end=ok response_headers_ms=250.0 prefill_ms=200.0 duration_ms=1500.0"
     )
 
 
@@ -75,6 +77,7 @@ def test_metrics_of_attempts_scrapes_and_the_table(caplog):
     with caplog.at_level(logging.INFO):
         telemetry.finished(RECORD)
     assert "room=7" in caplog.text
+    telemetry.finished(replace(RECORD, attempt=2, outcome=Outcome.DECODE_FAILED, decode_end=LegEnd.FAILED))
     telemetry.scraped("p:1", 0.01, failed=False)
     telemetry.scraped("d:1", 5.0, failed=True)
     found = samples(telemetry)
@@ -83,8 +86,11 @@ def test_metrics_of_attempts_scrapes_and_the_table(caplog):
         return found.get((name, *sorted(labels.items())))
 
     assert value("extproc_attempts_total", endpoint="/generate", outcome="ok", status="200") == 1
-    assert value("extproc_decision_seconds_count") == 1
-    assert value("extproc_prefill_leg_seconds_sum", worker="p:1") == 0.2
+    assert value("extproc_retries_total", outcome="decode_failed") == 1
+    assert value("extproc_legs_ended_total", role="prefill", worker="p:1", end="ok") == 2
+    assert value("extproc_legs_ended_total", role="decode", worker="d:1", end="failed") == 1
+    assert value("extproc_decision_seconds_count") == 2
+    assert value("extproc_prefill_leg_seconds_sum", worker="p:1") == 0.4
     assert value("extproc_response_headers_seconds_count", endpoint="/generate") == 1
     assert value("extproc_scrape_failures_total", worker="d:1") == 1
     assert value("extproc_scrape_seconds_count", worker="p:1") == 1

@@ -3,7 +3,17 @@
 import betterproto2
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.data.accesslog.v3 import (
+    AccessLogCommon,
+    HttpAccessLogEntry,
+    HttpRequestProperties,
+    ResponseFlags,
+)
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode
+from envoy_data_plane.envoy.service.accesslog.v3 import (
+    StreamAccessLogsMessage,
+    StreamAccessLogsMessageHttpAccessLogEntries,
+)
 from envoy_data_plane.envoy.service.ext_proc.v3 import (
     CommonResponseResponseStatus,
     HttpBody,
@@ -18,6 +28,8 @@ from hypothesis import strategies as st
 from extproc import wire
 from extproc.events import (
     Answer,
+    Broken,
+    Extend,
     Immediate,
     Phase,
     RequestBody,
@@ -66,6 +78,12 @@ def test_decode(message, event):
 def test_what_is_no_request(data):
     with pytest.raises(wire.WireError):
         wire.decode(data)
+
+
+@pytest.mark.parametrize("status", ["h00", "\x1500", "-1", "1e2", "9" * 5000])
+def test_a_status_that_is_no_number(status):
+    with pytest.raises(wire.WireError, match=":status"):
+        wire.decode(bytes(ProcessingRequest(response_headers=http_headers((":status", status)))))
 
 
 @given(st.binary(max_size=300))
@@ -130,3 +148,44 @@ def test_immediate():
     immediate = encoded(Immediate(502, (("content-type", "x"),), b"body", "why")).immediate_response
     assert (immediate.status.code, immediate.body, immediate.details) == (502, b"body", "why")
     assert immediate.headers.set_headers[0].header.raw_value == b"x"
+
+
+@pytest.mark.parametrize("seconds", [605.0, 0.25])
+def test_more_time(seconds):
+    assert encoded(Extend(seconds)).override_message_timeout.total_seconds() == seconds
+
+
+def entry(flags: ResponseFlags | None, room: str | None = "7") -> HttpAccessLogEntry:
+    return HttpAccessLogEntry(
+        common_properties=AccessLogCommon(response_flags=flags),
+        request=HttpRequestProperties(request_headers={} if room is None else {"x-pd-room": room}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("logged", "broken"),
+    [
+        (entry(ResponseFlags(upstream_connection_termination=True)), [(7, Broken(False, "UC"))]),
+        (entry(ResponseFlags(downstream_connection_termination=True)), [(7, Broken(True, "DC"))]),
+        (
+            entry(ResponseFlags(downstream_connection_termination=True, local_reset=True)),
+            [(7, Broken(True, "DC,LR"))],
+        ),
+        (entry(ResponseFlags(no_route_found=True)), []),
+        (entry(ResponseFlags(upstream_remote_reset=True), room=None), []),
+        (entry(ResponseFlags(upstream_remote_reset=True), room="-1"), []),
+        (entry(ResponseFlags(upstream_remote_reset=True), room="9" * 5000), []),
+        (entry(None), []),
+    ],
+)
+def test_the_access_log(logged, broken):
+    message = StreamAccessLogsMessage(http_logs=StreamAccessLogsMessageHttpAccessLogEntries(log_entry=[logged]))
+    assert wire.decode_access_log(bytes(message)) == broken
+
+
+@given(st.binary())
+def test_any_bytes_are_an_access_log_or_a_wire_error(data):
+    try:
+        wire.decode_access_log(data)
+    except wire.WireError:
+        pass
