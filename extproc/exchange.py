@@ -166,6 +166,11 @@ class Gateway:
         """Placed exchanges that have not finished."""
         return len(self._open)
 
+    @property
+    def expecting(self) -> bool:
+        """Whether a placed request's prefill stream is still to come."""
+        return any(exchange.prefill_state is PrefillState.EXPECTED for exchange in self._open.values())
+
     def find(self, headers: RequestHeaders) -> "Exchange | None":
         """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
         room = headers.headers.get(ROOM, "")

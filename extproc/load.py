@@ -137,6 +137,8 @@ class LoadTable:
         self._tripped: set[WorkerState] = set()
         """Workers whose circuit is not closed."""
         self._eligible: dict[Role, list[WorkerState]] = {role: [] for role in Role}
+        self.in_flight = dict.fromkeys(Role, 0)
+        """Legs of each role that have not ended."""
         self.output_tokens: float | None = None
         """Mean output of a prompt, learned; None while nothing is."""
 
@@ -272,6 +274,7 @@ class LoadTable:
         rank.outstanding_requests += 1
         rank.changes.append((now_s, lease.tokens))
         state.in_flight += 1
+        self.in_flight[state.worker.role] += 1
         state.circuit.sent()
         return lease
 
@@ -304,6 +307,7 @@ class LoadTable:
         rank.outstanding_tokens = max(0.0, rank.outstanding_tokens - lease.tokens) if rank.leases else 0.0
         rank.changes.append((now_s, -lease.tokens))
         lease.state.in_flight -= 1
+        self.in_flight[lease.state.worker.role] -= 1
 
     def judge(self, lease: Lease, failed: bool | None) -> None:
         """Tell the worker's circuit breaker how a leg ended; a second time does nothing."""

@@ -99,7 +99,7 @@ class Scheduler:
         """Raise Overloaded when as many requests are in flight as may be; one is until its decode leg ends."""
         if self._most_in_flight <= 0:
             return
-        in_flight = sum(state.in_flight for state in self._table.states if state.worker.role is Role.DECODE)
+        in_flight = self._table.in_flight[Role.DECODE]
         if in_flight >= self._most_in_flight:
             raise Overloaded(f"{in_flight} requests are in flight, as many as may be: try again later")
 

@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 LIVENESS, READINESS = "liveness", "readiness"
 """gRPC health services, besides the processor's own name and the empty one (endpoint-picker protocol 004)."""
 
-MEET_S = 0.25
-"""From the last placement to the end of new streams: the prefill stream of a placed request comes within milliseconds,
-and were it refused, the decode engine would wait for nobody. A busy machine takes longer."""
+MEET_S = 1.0
+"""The longest from the last placement to the end of new streams: the prefill stream of a placed request comes within
+milliseconds, and were it refused, the decode engine would wait for nobody."""
 
 Clock = Callable[[], float]
 
@@ -197,8 +197,8 @@ class Service:
             return
         # First nothing new is placed (503 with `retry-after`, too), as both streams of a request have to come here.
         self.scheduler.close()
-        if self.processor.open_streams:
-            await asyncio.sleep(MEET_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.processor.met(), MEET_S)
         await self._health.enter_graceful_shutdown()
         # In a task: it waits for the open streams, of health watches as well.
         self._closing = asyncio.create_task(self._server.stop(self.config.shutdown_grace_period_secs))

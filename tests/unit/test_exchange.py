@@ -717,8 +717,11 @@ def test_a_prefill_stream_that_comes_too_late_finds_the_room_closed():
 
 def test_a_room_is_good_for_one_prefill_stream():
     shared = gateway()
+    assert not shared.expecting
     exchange, answer = dispatch(shared)
+    assert shared.expecting
     start_prefill(shared, exchange, answer)
+    assert not shared.expecting
     assert shared.find(RequestHeaders(dict(answer.set_headers), False)) is None
 
 

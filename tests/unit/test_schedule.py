@@ -120,7 +120,7 @@ def test_unknown_names_are_named(settings):
 def test_at_most_so_many_requests_are_in_flight(limit):
     table, scheduler = cluster(max_concurrent_requests=limit)
     placed = [scheduler.place(request(), avoid=()) for _ in range(3)]
-    if limit <= 0:  # as in sglang_router: no limit
+    if limit <= 0:  # no limit; -1 as in sglang_router
         scheduler.check_available()
         scheduler.place(request())
         return
