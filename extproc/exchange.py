@@ -17,6 +17,7 @@ Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | 
 """
 
 import enum
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -199,6 +200,13 @@ class Gateway:
     def blamed(self, request_id: str) -> set[str]:
         """Workers that failed earlier attempts of a request."""
         return self._failed_workers.get(request_id, set())
+
+    def running(self, limit: int) -> list[Finished]:
+        """What is known by now of the placed exchanges that have not finished, the latest first; for people to look at.
+
+        Their `outcome` says nothing yet.
+        """
+        return [exchange.record() for exchange in itertools.islice(reversed(self._open.values()), limit)]
 
 
 class Exchange:
@@ -605,6 +613,10 @@ class Exchange:
             self._judge_late(scheduled.prefill, self._prefill_failed, scheduled.decode)
             self._judge_late(scheduled.decode, self._decode_failed, scheduled.prefill)
             self._gateway.closed(scheduled.placement.room)
+        return self.record()
+
+    def record(self) -> Finished:
+        """The attempt as far as it is known."""
         return Finished(
             outcome=self._outcome,
             status=self._status,

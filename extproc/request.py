@@ -34,6 +34,8 @@ ROUTING_FIELDS = (
     "routed_dp_rank",
     "disagg_prefill_dp_rank",
     "data_parallel_rank",
+    "bootstrap_pair_key",
+    "decode_tp_size",
 )
 """Body fields that steer an engine (SGLang 0.5.23 `GenerateReqInput`). A client's own values are never honoured."""
 
@@ -87,6 +89,8 @@ class _Body(msgspec.Struct):
     routed_dp_rank: Raw = Raw()
     disagg_prefill_dp_rank: Raw = Raw()
     data_parallel_rank: Raw = Raw()
+    bootstrap_pair_key: Raw = Raw()
+    decode_tp_size: Raw = Raw()
 
 
 class _Part(msgspec.Struct):

@@ -80,7 +80,7 @@ class ExternalProcessor:
         )
 
     async def read_access_log(self, _requests: object, context: Context) -> None:
-        """The access log of one of an Envoy's threads, while both live; of `il_pd`, and only what has response flags."""
+        """The access log of one of an Envoy's threads, while both live: of `il_pd`, what has response flags."""
         stream = _Stream(context)
         try:
             while (data := await stream.read()) is not None:
@@ -223,7 +223,7 @@ class _Stream:
                 return
             try:
                 await self._context.write(data)
-            except Exception as error:  # noqa: BLE001 - grpcio raises several, some of which it does not export
+            except Exception as error:  # grpcio raises several, some of which it does not export
                 # The HTTP request ended while the answer was on its way: its stream's own end does the rest.
                 logger.debug("a reply came too late: %s", error)
 

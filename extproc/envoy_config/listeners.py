@@ -65,7 +65,7 @@ MAX_HEADERS_KIB = 60
 MAX_INTERNAL_HEADERS = 2 * MAX_HEADERS
 MAX_INTERNAL_HEADERS_KIB = MAX_HEADERS_KIB + 36
 """Between the listeners, where Envoy and the service add a dozen: a mirrored request that was refused for them would
-leave decode waiting for a prefill that never comes. 96 KiB is the most that Envoy allows without further settings."""
+leave decode waiting for a prefill that never comes."""
 MAX_STREAMS = 1000
 """Requests at once on one HTTP/2 connection, as clients are told. A client that keeps one connection, as
 most libraries do, has a gateway's worth of requests on it: ten times Envoy's figure for an edge proxy."""
@@ -160,7 +160,7 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
             delayed_close_timeout=DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
             preserve_external_request_id=True,
-            local_reply_config=json_local_replies(config, retry_503=True),
+            local_reply_config=json_local_replies(config, mark_retry=True),
             http_filters=[route_filter(config), _router_filter()],
             route_config=RouteConfiguration(
                 name=ROUTE_LISTENER, virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes())]

@@ -29,23 +29,23 @@ from extproc.envoy_config.names import ROUTE_LISTENER, SERVICE_CLUSTER
 from extproc.mutation import DECODE_ENDPOINT, MODE, PREFILL_ENDPOINT, RETRY, ROOM
 
 BROKEN = "(response.code == 502 || response.code == 503)"
-"""What Envoy answers for a worker that refused, reset (503) or closed the connection in the middle of an answer (502)."""
+"""What Envoy answers for a worker that refused or reset (503), or closed the connection in mid-answer (502)."""
 OVERLOADED = 'response.code_details == "overload"'
 """What the overload manager refuses. Envoy answers 503 to a new request, but 500 in the middle of an upload."""
 NO_MEMORY = "the gateway is short of memory for requests: try again later"
 OVERLOAD_RETRY_AFTER_S = 1
-"""Uploads that fill Envoy's memory are over within about a second."""
+"""In whole seconds, the header's smallest step."""
 
 
-def json_local_replies(config: Config, *, retry_503: bool = False) -> LocalReplyConfig:
+def json_local_replies(config: Config, *, mark_retry: bool = False) -> LocalReplyConfig:
     """Envoy's own errors (413, 431, 503, 504…) in the shape of the service's. An immediate response of the service is a
     local reply too and has its body already; so has a `direct_response`.
 
-    With `retry_503` Envoy marks its own 503 for a retry: an engine refused or broke the connection before it answered.
+    With `mark_retry` Envoy marks its own 503 for a retry: an engine refused or broke the connection before it answered.
     Envoy 1.40 shows these to the service as well, 1.36 does not. Without it, it is the overload manager's to refuse."""
     too_large = f"the request body exceeds the limit of {config.max_payload_size} bytes"
     broken = "the decode worker failed: it refused or broke off the connection"
-    if retry_503:
+    if mark_retry:
         first = _json_error_when(BROKEN, "service_unavailable", message=broken, header=(RETRY, "envoy"))
     else:
         again = ("retry-after", str(OVERLOAD_RETRY_AFTER_S))

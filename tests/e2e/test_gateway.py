@@ -185,7 +185,7 @@ def test_clients_cannot_steer(stack, client):
         assert json.loads(leg["body"])["data_parallel_rank"] is None
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/get_model_info", "/get_model_info"])
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/get_model_info", "/model_info"])
 def test_other_requests_reach_a_decode_engine(client, path):
     response = client.get(path)
     assert response.status_code == 200

@@ -91,6 +91,32 @@ def test_the_body_limit_leaves_room_for_what_is_spliced_in() -> None:
     assert int(host["request_body_buffer_limit"]) == 6 * MIB
 
 
+def test_memory_and_connections_have_the_configured_end() -> None:
+    overload = tree(envoy_max_heap_bytes=3 * MIB, max_connections=7)["overload_manager"]
+    heap, connections = (monitor["typed_config"] for monitor in overload["resource_monitors"])
+    assert int(heap["max_heap_size_bytes"]) == 3 * MIB
+    assert int(connections["max_active_downstream_connections"]) == 7
+
+
+def test_only_clients_are_refused_for_want_of_memory_or_connections() -> None:
+    for name in ("il_pd", "il_p"):
+        assert listener(name)["bypass_overload_manager"] is True
+        assert listener(name)["ignore_global_conn_limit"] is True
+    assert "bypass_overload_manager" not in listener("public")
+    assert tree(admin="127.0.0.1:0")["admin"]["ignore_global_conn_limit"] is True
+
+
+def test_headers_that_the_public_listener_takes_pass_the_internal_ones() -> None:
+    added = 20
+    """About a dozen come from Envoy and the service."""
+    outer = manager("public")
+    for name in ("il_pd", "il_p"):
+        inner = manager(name)
+        assert inner["max_request_headers_kb"] > outer["max_request_headers_kb"]
+        most = outer["common_http_protocol_options"]["max_headers_count"] + added
+        assert inner["common_http_protocol_options"]["max_headers_count"] >= most
+
+
 def test_a_body_longer_than_a_grpc_message_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_payload_size: at most"):
         bootstrap(Config(max_payload_size=2**31))

@@ -1,5 +1,7 @@
 """Effects → bytes → what an independent implementation reads, and back."""
 
+import contextlib
+
 import betterproto2
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
@@ -185,7 +187,5 @@ def test_the_access_log(logged, broken):
 
 @given(st.binary())
 def test_any_bytes_are_an_access_log_or_a_wire_error(data):
-    try:
+    with contextlib.suppress(wire.WireError):
         wire.decode_access_log(data)
-    except wire.WireError:
-        pass
