@@ -5,15 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 UV ?= $(BIN)/uv
 LOCK := requirements-dev.lock
+# Of these the packages in the image; setuptools builds the project's own.
+IMAGE_LOCK := requirements.lock
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+COMPOSE ?= $(if $(shell docker compose version 2>/dev/null),docker compose,docker-compose)
 # More arguments for the program that a target runs: make test ARGS="-k scraper"
 ARGS ?=
 # Mooncake's conversation trace (FAST '25, kvcache-ai/Mooncake, FAST25-release/traces)
 TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test chaos fuzz soak check bench-lab bench-scheduling lock clean
+.PHONY: help venv demo test chaos fuzz soak image compose-up test-compose check bench-lab bench-scheduling lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +39,16 @@ fuzz: venv ## odd input for everything that takes input; ARGS="--inputs 1000000 
 soak: venv ## 100,000 requests with faults, then nothing may be left or have grown; ARGS="--requests 5000"
 	PYTHONPATH=tests/chaos $(BIN)/python tests/soak/run.py $(ARGS)
 
+image: ## build the images: extproc (with Envoy, for `extproc up`) and extproc:service (for `docker compose`)
+	docker build --tag extproc $(ARGS) .
+	docker build --tag extproc:service --target service $(ARGS) .
+
+compose-up: ## engines (simulated), service and Envoy in containers; Ctrl-C stops them
+	$(COMPOSE) -f compose/docker-compose.yaml up --build $(ARGS)
+
+test-compose: venv ## build the image and run it with Compose (needs a Docker engine)
+	$(BIN)/python -m pytest tests/compose $(ARGS)
+
 check: venv ## lint, format, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +65,8 @@ lock: venv ## write the lock file anew after a change of dependencies; ARGS=--up
 	@command -v $(UV) >/dev/null || $(PIP) install --quiet uv
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-header $(ARGS) --output-file $(LOCK) pyproject.toml
+	echo 'setuptools>=77' | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra envoy \
+	  --no-emit-index-url --no-header --no-annotate --constraint $(LOCK) --output-file $(IMAGE_LOCK) pyproject.toml -
 
 clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz .soak

@@ -30,6 +30,7 @@ MIB = 1 << 20
 
 
 LogLevel = Literal["debug", "info", "warn", "error"]
+TransportName = Literal["lean", "grpcio"]
 AssignmentMode = Literal["random", "min_load", "min_group"]
 
 
@@ -84,6 +85,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     host: str = "0.0.0.0"  # noqa: S104 - the gateway's public address, as sglang_router's default
     port: Port = 30000
+    transport: TransportName = "lean"
+    """What serves the gRPC port: our own HTTP/2, or grpcio at five times the CPU (docs/performance.md)."""
     grpc_host: str = "127.0.0.1"
     grpc_port: Port = 9002
     """Envoy asks here. 9002 is the reference port of the endpoint-picker protocol."""

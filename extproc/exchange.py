@@ -59,11 +59,11 @@ from extproc.mutation import (
     Headers,
     Mutation,
     explaining_headers,
-    is_room,
     mutate,
     reserved,
     response_headers,
 )
+from extproc.number import number
 from extproc.request import ENDPOINTS, ROUTING_KEY, Endpoint, check_length, parse, split_path
 from extproc.schedule import Scheduled, Scheduler
 from extproc.usage import counted_tokens, is_readable
@@ -88,6 +88,9 @@ HOLD_S = 0.02
 """How long a decode engine's 5xx waits for prefill's word, so that the client gets a 4xx rather than its echo. When one
 leg of a pair breaks, the other engine answers 500 within about a millisecond (measured on simulated engines), and on a
 busy machine Envoy's two streams are several apart: with 5 ms a 4xx was retried in 1 of 16 cases."""
+
+REASON_S = 1.0
+"""How long it then waits for the body of prefill's 4xx, which an engine sends together with its headers."""
 
 MAX_REMEMBERED_FAILURES = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
@@ -174,8 +177,7 @@ class Gateway:
 
     def find(self, headers: RequestHeaders) -> "Exchange | None":
         """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
-        room = headers.headers.get(ROOM, "")
-        exchange = self._open.get(int(room)) if is_room(room) else None
+        exchange = self._open.get(number(headers.headers.get(ROOM, "")) or -1)
         return exchange if exchange and exchange.prefill_state is PrefillState.EXPECTED else None
 
     def broken(self, room: int) -> "Exchange | None":
@@ -232,6 +234,7 @@ class Exchange:
         """What to learn from prefill's count of the prompt; None: it is not asked."""
         self._counted_tokens: int | None = None
         self._held: ResponseHeaders | None = None
+        self._reason_is_due = False
         self._prefill_failed: bool | None = None
         self._decode_failed: bool | None = None
         """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
@@ -269,10 +272,10 @@ class Exchange:
                     return self._settle()
                 case Woken(), _:
                     return self._prefill_overdue()
-                case Trailers(), _:
-                    return [Send(Leg.ROUTE, Answer(event.phase))]
                 case _, RouteState.CLOSING:  # crossed with our immediate response
                     return []
+                case Trailers(), _:
+                    return [Send(Leg.ROUTE, Answer(event.phase))]
                 case RequestHeaders(), RouteState.NEW:
                     return self._request(event)
                 case RequestBody(), RouteState.BODY:
@@ -292,8 +295,7 @@ class Exchange:
     def _request(self, event: RequestHeaders) -> list[Effect]:
         headers = event.headers
         self._request_id = headers.get("x-request-id", "")
-        attempt = headers.get("x-envoy-attempt-count", "")
-        self._attempt = int(attempt) if attempt.isdecimal() else 1
+        self._attempt = number(headers.get("x-envoy-attempt-count", "")) or 1
         self._strip = reserved(headers)
         self._routing_key = headers.get(ROUTING_KEY, "")
         if headers.get(":method") == "POST":
@@ -301,9 +303,9 @@ class Exchange:
         if self._endpoint is None:
             self._gateway.direct_paths.check(headers.get(":method", ""), headers.get(":path", ""))
             return self._pass_on(event)
-        length = headers.get("content-length", "")
-        if length.isdecimal():
-            check_length(int(length), self._gateway.config.max_payload_size)
+        length = number(headers.get("content-length", ""))
+        if length is not None:
+            check_length(length, self._gateway.config.max_payload_size)
         encoding = headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise BadRequest(f"content-encoding {encoding!r} is not supported: send the JSON body uncompressed")
@@ -375,8 +377,9 @@ class Exchange:
         return self._let_through(event)
 
     def _respond_held(self) -> list[Effect]:
-        if self.prefill_state is PrefillState.REJECTED:  # its reason is under way
-            return []
+        if self.prefill_state is PrefillState.REJECTED and not self._reason_is_due:  # its reason is under way
+            self._reason_is_due = True
+            return [Wake(Leg.ROUTE, REASON_S)]
         assert self._held is not None  # noqa: S101 - states HOLDING and WAITING have one
         return self._let_through(self._held)
 
@@ -486,10 +489,10 @@ class Exchange:
         match event, self.prefill_state:
             case Ended(), _:
                 return self._prefill_ended()
-            case Trailers(), _:
-                return [Send(Leg.PREFILL, Answer(event.phase))]
             case _, PrefillState.CLOSING:  # crossed with our immediate response
                 return []
+            case Trailers(), _:
+                return [Send(Leg.PREFILL, Answer(event.phase))]
             case RequestHeaders(), PrefillState.EXPECTED:
                 return self._send_prefill()
             case ResponseHeaders(), PrefillState.SENT:

@@ -111,11 +111,6 @@ def reserved(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith(RESERVED_PREFIXES) or name in RESERVED_NAMES)
 
 
-def is_room(value: str) -> bool:
-    """Whether a header's value can be a room: a number of at most 63 bits, and not one that takes long to read."""
-    return value.isdecimal() and len(value) < 20
-
-
 def splice(body: bytes, fields: dict[str, object]) -> bytes:
     """A JSON object with `fields` added at its end; every byte of `body` is kept. `body` must be a valid object."""
     end = body.rindex(b"}")

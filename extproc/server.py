@@ -10,29 +10,26 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
-from extproc import unix_socket, wire
+from extproc import wire
 from extproc.config import Config
+from extproc.decisions_view import describe_decisions
 from extproc.discovery.api_keys import ApiKeys
 from extproc.discovery.fetch import make_client
 from extproc.discovery.health import HealthMonitor, entries
-from extproc.errors import ConfigError
 from extproc.estimate import TokenEstimator
 from extproc.exchange import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
 from extproc.schedule import Scheduler
 from extproc.scraper import Scraper, scrape_targets
-from extproc.service import ExternalProcessor, make_server
+from extproc.service import ExternalProcessor
 from extproc.status import StatusServer
 from extproc.table_view import describe_table
-from extproc.telemetry import Telemetry
+from extproc.telemetry import KEPT_DECISIONS, Telemetry
 from extproc.tls import server_certificates
 from extproc.tokenizer import load_tokenizer
+from extproc.transport import TRANSPORTS
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +83,14 @@ class Service:
         self._grpc_target = grpc_target or (
             f"unix:{config.grpc_uds}" if config.grpc_uds else f"{config.grpc_host}:{config.grpc_port}"
         )
-        self._certificates = server_certificates(config)
+        self._transport = TRANSPORTS[config.transport](
+            self.processor, config.max_payload_size, server_certificates(config)
+        )
         self._api_keys = ApiKeys(config)
-        self._health = health.aio.HealthServicer()
         self._readiness: asyncio.Future[None] | None = None
         self._awaits_envoy = awaits_envoy
         self._leaving = False
-        self._server: grpc.aio.Server | None = None
-        self._closing: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def not_ready(self) -> str:
@@ -120,6 +117,9 @@ class Service:
             registry=self.telemetry.registry,
             not_ready=lambda: self.not_ready,
             loads=lambda: describe_table(config, self.table, self.scheduler.loads, self.gateway.estimator),
+            decisions=lambda: describe_decisions(
+                self.telemetry.decisions, self.gateway.running(KEPT_DECISIONS), self._clock()
+            ),
             workers=lambda: self.table.states,
             set_draining=self.set_draining,
         )
@@ -148,34 +148,13 @@ class Service:
                     task.cancel()
 
     async def _start_grpc(self, stack: contextlib.AsyncExitStack) -> str:
-        server = make_server(self.processor, self.config.max_payload_size)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        transport = self._transport
         for name in ("", LIVENESS, wire.SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        await self._health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
-        port = self._bind(server, stack)
-        await server.start()
-        self._server = server
-        stack.push_async_callback(server.stop, None)
-        stack.push_async_callback(self._health.enter_graceful_shutdown)
-        if self._grpc_target.startswith("unix:"):
-            return self._grpc_target
-        return f"{self._grpc_target.rpartition(':')[0]}:{port}"
-
-    def _bind(self, server: grpc.aio.Server, stack: contextlib.AsyncExitStack) -> int:
-        """Add the port or unix socket that Envoy asks at. Returns the port; raises ConfigError."""
-        target = self._grpc_target
-        try:
-            if target.startswith("unix:"):
-                path = Path(target.removeprefix("unix:"))
-                stack.enter_context(unix_socket.bound(path, lambda: server.add_insecure_port(target)))
-                return 0
-            if self._certificates:
-                return int(server.add_secure_port(target, self._certificates.credentials))
-            return int(server.add_insecure_port(target))
-        except RuntimeError:
-            flag = "--grpc-uds" if target.startswith("unix:") else "--grpc-port"
-            raise ConfigError(f"{flag}: cannot listen on {target}: is it in use?") from None
+            await transport.set_health(name, True)
+        await transport.set_health(READINESS, False)
+        target = await transport.listen(self._grpc_target)
+        stack.push_async_callback(transport.stop)
+        return target
 
     def envoy_serves(self) -> None:
         """The Envoy in front is up."""
@@ -185,7 +164,7 @@ class Service:
     async def leave(self) -> None:
         """Say to health checks that no more requests are wanted; the service still serves those that come."""
         self._leaving = True
-        await self._health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._transport.set_health(READINESS, False)
 
     async def close(self) -> None:
         """Take no new streams; those that are open go on. For the time after `leave`.
@@ -193,16 +172,14 @@ class Service:
         The port is free at once, and connections get a GOAWAY: for new requests Envoy connects anew, to another address
         of the cluster or to the next process on this one. Until there is one it answers 503 with `retry-after`.
         """
-        if self._server is None or self._closing:
+        if self._closed:
             return
+        self._closed = True
         # First nothing new is placed (503 with `retry-after`, too), as both streams of a request have to come here.
         self.scheduler.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.processor.met(), MEET_S)
-        await self._health.enter_graceful_shutdown()
-        # In a task: it waits for the open streams, of health watches as well.
-        self._closing = asyncio.create_task(self._server.stop(self.config.shutdown_grace_period_secs))
-        await asyncio.sleep(0)  # lets it begin
+        await self._transport.close(self.config.shutdown_grace_period_secs)
 
     def set_draining(self, worker_name: str, draining: bool) -> None:
         """Let a worker get no new requests, or get them again. Raises KeyError for no such worker."""
@@ -228,7 +205,5 @@ class Service:
         self._tell_readiness()
 
     def _tell_readiness(self) -> None:
-        answer = health_pb2.HealthCheckResponse
-        status = answer.NOT_SERVING if self.not_ready else answer.SERVING
-        # A coroutine in grpcio, though it only wakes watchers. Held, as the event loop keeps weak references.
-        self._readiness = asyncio.ensure_future(self._health.set(READINESS, status))
+        # A coroutine, though it only wakes watchers. Held, as the event loop keeps weak references.
+        self._readiness = asyncio.ensure_future(self._transport.set_health(READINESS, not self.not_ready))

@@ -66,6 +66,18 @@ class ServerCertificates:
     def __repr__(self) -> str:
         return f"<ServerCertificates {self._files}>"
 
+    def context(self) -> ssl.SSLContext:
+        """For a listener of asyncio: HTTP/2 by ALPN, with the files as they are when a client connects."""
+        listening = self._latest = _context(self._files)
+        listening.sni_callback = self._use_latest
+        return listening
+
+    def _use_latest(self, connection: ssl.SSLObject | ssl.SSLSocket, _name: object, _context_of: object) -> None:
+        # OpenSSL asks this in each handshake, whether or not the client names a server.
+        if self._changed() is not None:
+            self._latest = _context(self._files)
+        connection.context = self._latest
+
     def _changed(self) -> Any:
         """The certificates if they are new, else None. gRPC calls it from threads of its own; must not raise."""
         with self._lock:
@@ -85,6 +97,18 @@ class ServerCertificates:
                         log.info("new TLS certificate read from %s", self._files.cert)
                     return configuration
             return None
+
+
+def _context(files: CertificateFiles) -> ssl.SSLContext:
+    """asyncio's form of the files' content, which was found to be usable."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(files.cert, files.key)
+    if files.client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(files.client_ca)
+    return context
 
 
 def _read(files: CertificateFiles) -> Any:

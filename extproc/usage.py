@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from extproc.number import number
+
 _EVENT = b"data:"
 
 MAX_ANSWER_BYTES = 64 << 10
@@ -39,9 +41,9 @@ def is_readable(headers: Mapping[str, str]) -> bool:
     """Whether an answer with these headers may be asked for: a short one, or a stream (of one token, from prefill)."""
     if headers.get("content-encoding", "identity") != "identity":
         return False
-    length = headers.get("content-length", "")
-    if length:
-        return length.isdecimal() and int(length) <= MAX_ANSWER_BYTES
+    if "content-length" in headers:
+        length = number(headers["content-length"])
+        return length is not None and length <= MAX_ANSWER_BYTES
     return headers.get("content-type", "").startswith("text/event-stream")
 
 

@@ -40,7 +40,8 @@ from extproc.events import (
     ResponseHeaders,
     Trailers,
 )
-from extproc.mutation import ROOM, Headers, is_room
+from extproc.mutation import ROOM, Headers
+from extproc.number import number
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = f"/{SERVICE}/Process"
@@ -101,12 +102,12 @@ def decode_access_log(data: bytes) -> list[tuple[int, Broken]]:
         raise WireError(f"not a StreamAccessLogsMessage: {error}") from None
     broken = list[tuple[int, Broken]]()
     for entry in message.http_logs.log_entry:
-        room = entry.request.request_headers.get(ROOM, "")
+        room = number(entry.request.request_headers.get(ROOM, ""))
         flags = entry.common_properties.response_flags
         by_client = [short for name, short in CLIENT_FLAGS.items() if getattr(flags, name)]
         by_worker = [short for name, short in WORKER_FLAGS.items() if getattr(flags, name)]
-        if is_room(room) and (by_client or by_worker):
-            broken.append((int(room), Broken(bool(by_client), ",".join(by_client + by_worker))))
+        if room is not None and (by_client or by_worker):
+            broken.append((room, Broken(bool(by_client), ",".join(by_client + by_worker))))
     return broken
 
 

@@ -143,6 +143,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     addresses = parser.add_argument_group("addresses")
     add(addresses, "host", text="the gateway's address, for clients")
     add(addresses, "port", int, text="the gateway's port, for clients")
+    add(addresses, "transport", choices=["lean", "grpcio"], text="what serves the ext_proc service's port")
     add(addresses, "grpc_host", text="the ext_proc service's address, for Envoy")
     add(addresses, "grpc_port", int, text="the ext_proc service's port, for Envoy")
     add(addresses, "grpc_uds", metavar="PATH", text="a unix socket for Envoy instead of that port")

@@ -86,6 +86,14 @@ class Server:
         bound: int = listener.sockets[0].getsockname()[1]
         return bound
 
+    async def listen_on(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Listen on a socket that is bound; whoever made it removes its path."""
+        self._listeners.append(
+            await asyncio.get_running_loop().create_server(lambda: _Connection(self), sock=listener, ssl=tls)
+            if listener.family != socket.AF_UNIX
+            else await asyncio.get_running_loop().create_unix_server(lambda: _Connection(self), sock=listener, ssl=tls)
+        )
+
     async def listen_unix(self, path: str, tls: ssl.SSLContext | None = None) -> None:
         """Listen on a Unix socket, in place of a stale one. Raises OSError."""
         listener = await asyncio.get_running_loop().create_unix_server(lambda: _Connection(self), path, ssl=tls)
@@ -252,7 +260,8 @@ class _Connection(asyncio.Protocol):
             self._abort_in(HANG_UP_S)
         # Closing at once would take GOAWAY from a client that has sent more meanwhile: TCP discards both.
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has hung up in the same moment
+                self._transport.write_eof()
         else:
             self._transport.close()
 

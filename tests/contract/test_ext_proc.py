@@ -33,7 +33,8 @@ from extproc.exchange import Gateway
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
-from extproc.service import ExternalProcessor, make_server
+from extproc.service import ExternalProcessor
+from extproc.transport import TRANSPORTS
 
 ACCESS_LOG = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
@@ -98,15 +99,14 @@ def run(script, *, healthy=True, **settings):
         gateway = Gateway(config, table, Scheduler(config, table, random.Random(1)), clock)
         finished = asyncio.Queue()
         processor = ExternalProcessor(gateway, finished.put_nowait)
-        server = make_server(processor, config.max_payload_size)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        server = TRANSPORTS[config.transport](processor, config.max_payload_size, None)
+        target = await server.listen("127.0.0.1:0")
         limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limits) as channel, asyncio.timeout(60):
+            async with grpc.aio.insecure_channel(target, options=limits) as channel, asyncio.timeout(60):
                 await script(functools.partial(Stream, channel), finished)
         finally:
-            await server.stop(0)
+            await server.stop()
         assert processor.open_streams == gateway.open_rooms == 0
         assert all(state.in_flight == 0 for state in table.states)
 

@@ -33,7 +33,7 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.exchange import EXTENSION_S, HOLD_S, VERDICT_S, Exchange, Gateway, ProtocolViolation
+from extproc.exchange import EXTENSION_S, HOLD_S, REASON_S, VERDICT_S, Exchange, Gateway, ProtocolViolation
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
@@ -816,12 +816,46 @@ def test_decodes_500_was_the_echo_of_prefills_4xx():
     shared = gateway()
     exchange = hold(shared)
     exchange.prefill(respond(422))
-    assert exchange.route(Woken()) == []  # the reason is under way
+    assert exchange.route(Woken()) == [Wake(Leg.ROUTE, REASON_S)]  # the reason is under way
     [_, abort] = exchange.prefill(ResponseBody(b"too odd"))
     assert (abort.reply.status, abort.reply.body) == (422, b"too odd")
     exchange.route(Ended())
     exchange.prefill(Ended())
     assert nothing_charged(shared)
+
+
+def test_prefills_reason_is_not_waited_for_longer():
+    shared = gateway()
+    exchange = hold(shared)
+    exchange.prefill(respond(404))
+    assert exchange.route(Woken()) == [Wake(Leg.ROUTE, REASON_S)]
+    send, _abort = exchange.route(Woken())
+    assert (send.leg, send.reply.phase) == (Leg.ROUTE, Phase.RESPONSE_HEADERS)
+    exchange.prefill(Ended())
+    exchange.route(Ended())
+    exchange.route(Woken())
+    assert nothing_charged(shared)
+
+
+def test_trailers_that_cross_an_immediate_response_get_no_answer():
+    shared = gateway()
+    exchange, answer = dispatch_chat(shared)
+    start_prefill(shared, exchange, answer)
+    exchange.prefill(respond(503))  # ends the route leg
+    assert exchange.route(Trailers(Phase.RESPONSE_TRAILERS)) == []
+    exchange.route(Ended())  # and that the prefill leg
+    assert exchange.prefill(Trailers(Phase.RESPONSE_TRAILERS)) == []
+    exchange.prefill(Ended())
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize("name", ["content-length", "x-envoy-attempt-count", "x-pd-room"])
+def test_numbers_of_thousands_of_digits_are_none(name):
+    exchange = Exchange(gateway())
+    headers = {":method": "POST", ":path": "/generate", name: "9" * 5000}
+    [send] = exchange.route(RequestHeaders(headers, False))
+    assert isinstance(send.reply, Answer)
+    assert gateway().find(RequestHeaders(headers, False)) is None
 
 
 def test_a_prefill_stream_is_refused_once_decode_has_failed():
