@@ -31,6 +31,7 @@ MIB = 1 << 20
 
 LogLevel = Literal["debug", "info", "warn", "error"]
 TransportName = Literal["lean", "grpcio"]
+Injection = Literal["body", "headers", "auto"]
 AssignmentMode = Literal["random", "min_load", "min_group"]
 
 
@@ -42,6 +43,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     bootstrap_host: str | None = None
     dp_size: Count | None = None
     model: str | None = None
+    header_overrides: bool = False
+    """It was started with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (`injection: auto`)."""
     metrics_urls: tuple[str, ...] | None = None
     """Where to scrape, in order of preference; a path is relative to `url`. Default: `Config.metrics_paths`."""
     api_key_file: str | None = None
@@ -187,6 +190,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     gets 404. An engine's other paths are for its operator, or generate without a pair."""
 
     max_payload_size: Count = 64 * MIB
+    injection: Injection = "body"
+    """Where routing fields go. `body`: into the JSON body. `headers`: into `x-override-*` headers, and the body is not
+    read (engines started with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1; `/generate` and chat only; docs/injection.md).
+    `auto`: headers where all workers have `header_overrides` and no policy looks at prompts."""
     response_headers: bool = False
     """Name the picked workers to the client. Off: they are internal addresses."""
     explain: bool = False

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from extproc.config import Config
 from extproc.direct import DirectPaths
-from extproc.errors import BadRequest, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
+from extproc.errors import BadRequest, ConfigError, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
 from extproc.estimate import Prompt, TokenEstimator
 from extproc.events import (
     Answer,
@@ -50,6 +50,7 @@ from extproc.events import (
     Woken,
 )
 from extproc.load import Lease, LoadTable
+from extproc.model import Placement
 from extproc.mutation import (
     DECODE_ENDPOINT,
     MODE,
@@ -60,11 +61,21 @@ from extproc.mutation import (
     Mutation,
     explaining_headers,
     mutate,
+    mutate_headers,
     reserved,
     response_headers,
 )
 from extproc.number import number
-from extproc.request import ENDPOINTS, ROUTING_KEY, Endpoint, check_length, parse, split_path
+from extproc.request import (
+    ENDPOINTS,
+    ROUTING_KEY,
+    Endpoint,
+    GenerationRequest,
+    check_length,
+    parse,
+    split_path,
+    unread,
+)
 from extproc.schedule import Scheduled, Scheduler
 from extproc.usage import counted_tokens, is_readable
 
@@ -162,6 +173,8 @@ class Gateway:
         self.clock = clock
         self.models = config.models()
         self.direct_paths = DirectPaths(config.direct_paths)
+        self.opaque = _opaque_endpoints(config, scheduler)
+        """Endpoints whose bodies are not read."""
         self._open: dict[int, Exchange] = {}
         self._failed_workers: OrderedDict[str, set[str]] = OrderedDict()
 
@@ -311,6 +324,8 @@ class Exchange:
             raise BadRequest(f"content-encoding {encoding!r} is not supported: send the JSON body uncompressed")
         if event.end_of_stream:
             raise BadRequest("the request body is empty: send a JSON object")
+        if self._endpoint in self._gateway.opaque and length is not None:
+            return self._place_unread(length)
         self._gateway.scheduler.check_available()  # rather than after an upload in vain
         self.route_state = RouteState.BODY
         return [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
@@ -328,6 +343,15 @@ class Exchange:
         )
         return [Send(Leg.ROUTE, answer)]
 
+    def _place_unread(self, length: int) -> list[Effect]:
+        """Headers alone carry the placement; the body goes by."""
+        gateway = self._gateway
+        before_s = gateway.clock()
+        assert self._endpoint is not None  # noqa: S101 - it is one of those that are not read
+        placement = self._schedule(unread(self._endpoint, length, self._routing_key, gateway.estimator))
+        self._mutation = mutate_headers(placement)
+        return self._dispatch(Phase.REQUEST_HEADERS, before_s)
+
     def _place(self, body: bytes) -> list[Effect]:
         gateway = self._gateway
         before_s = gateway.clock()
@@ -340,27 +364,40 @@ class Exchange:
             routing_key=self._routing_key,
             estimator=gateway.estimator,
         )
+        self._mutation = mutate(request, self._schedule(request), body)
+        return self._dispatch(Phase.REQUEST_BODY, before_s)
+
+    def _schedule(self, request: GenerationRequest) -> Placement:
+        """Pick and charge. Raises NoWorker or Overloaded; then nothing is charged."""
+        gateway = self._gateway
         self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
-        scheduled = gateway.scheduler.place(
+        self._scheduled = scheduled = gateway.scheduler.place(
             request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()
         )
-        self._scheduled = scheduled
         gateway.opened(scheduled.placement.room, self)
-        if request.measured and gateway.estimator.ask(self._endpoint, request.model):
+        if request.measured and gateway.estimator.ask(request.endpoint, request.model):
             self._model, self._measured = request.model, request.measured
-        self._mutation = mutate(request, scheduled.placement, body)
-        self._dispatched_s = gateway.clock()
+        return scheduled.placement
+
+    def _dispatch(self, phase: Phase, before_s: float) -> list[Effect]:
+        assert self._mutation is not None  # noqa: S101 - just made
+        self._dispatched_s = self._gateway.clock()
         self._decision_s = self._dispatched_s - before_s
         self.route_state = RouteState.DISPATCHED
         self._decode_end = LegEnd.CANCELLED  # unless it gets to answer
+        strip = self._strip
+        if strip:  # seldom: the public listener has done so
+            ours = {name for name, _ in self._mutation.headers}
+            strip = tuple(name for name in strip if name not in ours)
         answer = Answer(
-            Phase.REQUEST_BODY,
+            phase,
             set_headers=self._mutation.headers,
-            remove_headers=self._strip,
+            remove_headers=strip,
             body=self._mutation.decode_body,
             pick_route_again=True,
+            skip_request_body=phase is Phase.REQUEST_HEADERS,
         )
-        return [Send(Leg.ROUTE, answer), Wake(Leg.ROUTE, gateway.config.prefill_timeout_secs)]
+        return [Send(Leg.ROUTE, answer), Wake(Leg.ROUTE, self._gateway.config.prefill_timeout_secs)]
 
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
@@ -511,11 +548,11 @@ class Exchange:
         assert self._mutation is not None  # noqa: S101 - only placed exchanges are found by a prefill stream
         assert self._scheduled is not None  # noqa: S101
         self.prefill_state = PrefillState.SENT
-        body, endpoint = self._mutation.prefill_body, self._scheduled.placement.prefill.worker.endpoint
+        mutation, endpoint = self._mutation, self._scheduled.placement.prefill.worker.endpoint
         self._mutation = None  # both bodies are on their way; a long stream need not keep them in memory
         # Its own mark: a mirrored request that was not answered here must not reach the engine, with the client's body.
-        headers: Headers = ((MODE, "prefill"), (PREFILL_ENDPOINT, endpoint or ""))
-        answer = Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=body, pick_route_again=True)
+        headers: Headers = ((MODE, "prefill"), (PREFILL_ENDPOINT, endpoint or ""), *mutation.prefill_headers)
+        answer = Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=mutation.prefill_body, pick_route_again=True)
         return [Send(Leg.PREFILL, answer)]
 
     def _prefill_answered(self, event: ResponseHeaders) -> list[Effect]:
@@ -640,6 +677,18 @@ class Exchange:
             counted_tokens=self._counted_tokens,
             explanation=self._scheduled.explanation if self._scheduled else None,
         )
+
+
+def _opaque_endpoints(config: Config, scheduler: Scheduler) -> frozenset[Endpoint]:
+    """Where placements travel in headers. Raises ConfigError when they are to, and a policy needs the body."""
+    honoured = frozenset({Endpoint.GENERATE, Endpoint.CHAT})  # SGLang 0.5.23 reads them on these two
+    needs_body = scheduler.reads_prompts or config.tokenizer_path is not None
+    if config.injection == "headers":
+        if needs_body:
+            raise ConfigError("injection: headers: the policy or tokenizer_path needs prompts: use auto or body")
+        return honoured
+    able = all(worker.header_overrides for worker in (*config.prefill, *config.decode))
+    return honoured if config.injection == "auto" and able and not needs_body else frozenset()
 
 
 def refuse_prefill() -> Send:

@@ -35,7 +35,10 @@ DECODE_LOADS = "x-pd-decode-loads"
 RETRY = "x-pd-retry"
 """Response header: this attempt failed before the client got anything. Envoy retries on it, and removes it."""
 
-RESERVED_PREFIXES = ("x-pd-", "x-override-")
+OVERRIDE = "x-override-"
+"""Prefix of headers that override an engine's body fields, where it allows that."""
+
+RESERVED_PREFIXES = ("x-pd-", OVERRIDE)
 RESERVED_NAMES = frozenset({"x-data-parallel-rank", "x-gateway-destination-endpoint"})
 """Headers that steer us, Envoy or an engine: a client may not set them."""
 
@@ -50,8 +53,11 @@ class Mutation:
 
     headers: Headers
     """Set on the request before it is mirrored, so both legs have them."""
-    decode_body: bytes
-    prefill_body: bytes
+    decode_body: bytes | None = None
+    prefill_body: bytes | None = None
+    """None: the client's own."""
+    prefill_headers: Headers = ()
+    """Set on the prefill leg alone."""
 
 
 def mutate(request: GenerationRequest, placement: Placement, body: bytes) -> Mutation:
@@ -73,6 +79,26 @@ def mutate(request: GenerationRequest, placement: Placement, body: bytes) -> Mut
         headers=request_headers(placement),
         decode_body=splice(body, decode_fields),
         prefill_body=splice(body, prefill_fields),
+    )
+
+
+def mutate_headers(placement: Placement) -> Mutation:
+    """The same by headers alone, for engines that let these override the body (SGLang's `entrypoints/request_headers`).
+
+    Every field that can be overridden is, so that nothing of the kind in the client's body counts: rank 0 is the only
+    one of a worker without DP. On the prefill leg only its own rank differs.
+    """
+    prefill, decode = placement.prefill, placement.decode
+    overrides: Headers = (
+        (f"{OVERRIDE}bootstrap-host", prefill.worker.bootstrap_host or ""),
+        (f"{OVERRIDE}bootstrap-port", str(prefill.worker.bootstrap_port)),
+        (f"{OVERRIDE}bootstrap-room", str(placement.room)),
+        (f"{OVERRIDE}disagg-prefill-dp-rank", str(prefill.dp_rank or 0)),
+    )
+    rank = f"{OVERRIDE}routed-dp-rank"
+    return Mutation(
+        headers=(*request_headers(placement), *overrides, (rank, str(decode.dp_rank or 0))),
+        prefill_headers=((rank, str(prefill.dp_rank or 0)),),
     )
 
 

@@ -49,6 +49,9 @@ MESSAGE_TOKENS = 4
 MAX_DATA_URL_START = 256
 """Where `;base64,` must stand in a `data:` URL: behind the media type, which has some 10 to 40 characters."""
 
+MOST_PROMPTS = 4096
+"""Rooms for a request whose number of prompts is not known; a batch is seldom more than a few hundred prompts."""
+
 DEFAULT_OUTPUT_TOKENS = 128
 """What a request is expected to generate when it sets no limit (SGLang's default `max_new_tokens`)."""
 
@@ -131,6 +134,13 @@ class GenerationRequest:
     """What the estimate was made from; None where the tokens are `input_ids`, and there is nothing to learn."""
     streams: bool = False
     """The client set `stream`, and not to false."""
+    opaque: bool = False
+    """Its body is not read."""
+
+    @property
+    def rooms(self) -> int:
+        """Bootstrap rooms to reserve."""
+        return MOST_PROMPTS if self.opaque else self.batch_size
 
 
 def split_path(target: str) -> str:
@@ -204,6 +214,21 @@ def parse(
         prompt=memoryview(prompt),
         routing_key=routing_key,
         measured=measured if measured.text_bytes else None,
+    )
+
+
+def unread(endpoint: Endpoint, length: int, routing_key: str, estimator: TokenEstimator) -> GenerationRequest:
+    """A request whose body of `length` bytes goes on unread: one prompt, as far as anybody knows."""
+    measured = Prompt(length)
+    return GenerationRequest(
+        endpoint=endpoint,
+        model=None,
+        batch_size=1,
+        prompt_tokens=estimator.tokens(endpoint, None, measured),
+        max_output_tokens=DEFAULT_OUTPUT_TOKENS,
+        routing_key=routing_key,
+        measured=measured,
+        opaque=True,
     )
 
 

@@ -47,6 +47,11 @@ class Scheduler:
         self._ranks = {role: make_rank_policy(config.rank_policy(role), context) for role in Role}
         self._closed = False
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a worker policy picks by the text of prompts."""
+        return any(policy.reads_prompts for policy in self._workers.values())
+
     def close(self) -> None:
         """Pick nothing more: NoWorker for whatever comes now."""
         self._closed = True
@@ -62,9 +67,9 @@ class Scheduler:
         compared = recorder.take() if recorder else ()
         decode, decode_rank = self._pick(Role.DECODE, request, avoid)
         if prefill_rank is None:
-            room = self._rooms.draw(request.batch_size)
+            room = self._rooms.draw(request.rooms)
         else:  # so that an engine that goes by the room agrees with the pick
-            room = self._rooms.draw(request.batch_size, modulus=prefill.worker.rank_count, residue=prefill_rank)
+            room = self._rooms.draw(request.rooms, modulus=prefill.worker.rank_count, residue=prefill_rank)
         # Where the engine decides, it goes by the room, modulo its ranks.
         prefill_charged = room % len(prefill.ranks) if prefill_rank is None else prefill_rank
         decode_charged = room % len(decode.ranks) if decode_rank is None else decode_rank

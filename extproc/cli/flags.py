@@ -61,6 +61,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(routing, "prefill_rank_policy", choices=ranks, text="how the DP rank of a prefill worker is picked")
     add(routing, "decode_rank_policy", choices=ranks, text="how the DP rank of a decode worker is picked")
     add(routing, "load_model", choices=list(LOAD_MODELS), text="what the load of a rank is")
+    add(routing, "injection", choices=["body", "headers", "auto"], text="where routing fields go; headers: body unread")
     add(routing, "max_payload_size", int, metavar="BYTES", text="largest request body; above it: 413")
     add(routing, "retry_max_retries", int, text="further attempts with another pair")
     add(routing, "request_timeout_secs", float, text="longest time for one request, stream included")

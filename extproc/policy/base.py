@@ -34,6 +34,9 @@ class Choice(NamedTuple):
 class WorkerPolicy(ABC):
     """Picks the worker of one role; each role has an instance of its own."""
 
+    reads_prompts = False
+    """It picks by the text of prompts."""
+
     @abstractmethod
     def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """One of `states` (at least one, all eligible). `request` is None where there is nothing to generate."""

@@ -26,6 +26,8 @@ SWEEP_NODES = 32
 class CacheAware(WorkerPolicy):
     """Each role has a tree of its own, as it has its own instance."""
 
+    reads_prompts = True
+
     def __init__(self, context: PolicyContext) -> None:
         config = context.config
         self._loads = context.loads

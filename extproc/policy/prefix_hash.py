@@ -20,6 +20,8 @@ from extproc.request import GenerationRequest
 class PrefixHash(WorkerPolicy):
     """The prompt counts as it stands in the body, JSON and all; prompts shorter than the prefix count whole."""
 
+    reads_prompts = True
+
     def __init__(self, context: PolicyContext) -> None:
         self._fleet = Fleet(context)
         self._ring = Ring()

@@ -36,6 +36,7 @@ from extproc.events import (
 from extproc.exchange import EXTENSION_S, HOLD_S, REASON_S, VERDICT_S, Exchange, Gateway, ProtocolViolation
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
+from extproc.request import MOST_PROMPTS
 from extproc.schedule import Scheduler
 
 BODY = b'{"text": "hello", "stream": true}'
@@ -379,8 +380,82 @@ def test_a_path_that_is_no_path_is_a_configuration_error(entry):
 def test_clients_cannot_steer():
     shared = gateway()
     _, answer = dispatch(shared, x_pd_room="5", x_data_parallel_rank="1", accept="*/*")
-    assert answer.remove_headers == ("x-pd-room", "x-data-parallel-rank")
+    assert answer.remove_headers == ("x-data-parallel-rank",)
     assert dict(answer.set_headers)["x-pd-room"] != "5"
+
+
+def test_headers_alone_carry_the_placement_where_the_body_is_not_read():
+    shared = gateway(injection="headers")
+    exchange = Exchange(shared)
+    client = {"content_length": "4000", "x_override_bootstrap_host": "evil", "x_override_rid": "1"}
+    send, wake = exchange.route(post(**client))
+    assert wake.leg is Leg.ROUTE
+    answer = send.reply
+    assert (answer.phase, answer.body, answer.skip_request_body) == (Phase.REQUEST_HEADERS, None, True)
+    assert answer.remove_headers == ("x-override-rid",)
+    headers = dict(answer.set_headers)
+    room = int(headers["x-override-bootstrap-room"])
+    assert headers | {"x-override-bootstrap-room": ""} == {
+        "x-pd-mode": "pd",
+        "x-pd-room": str(room),
+        "x-pd-prefill-endpoint": "10.0.1.0:1",
+        "x-pd-decode-endpoint": "10.0.2.0:1",
+        "x-pd-prefill-rank": headers["x-pd-prefill-rank"],
+        "x-pd-decode-rank": headers["x-pd-decode-rank"],
+        "x-override-bootstrap-host": "p0",
+        "x-override-bootstrap-port": "8998",
+        "x-override-bootstrap-room": "",
+        "x-override-disagg-prefill-dp-rank": headers["x-pd-prefill-rank"],
+        "x-override-routed-dp-rank": headers["x-pd-decode-rank"],
+    }
+    reply = start_prefill(shared, exchange, answer)
+    assert reply.body is None
+    assert dict(reply.set_headers)["x-override-routed-dp-rank"] == headers["x-pd-prefill-rank"]
+    assert ASK_FOR_BODY in exchange.prefill(respond(**COUNTED))
+    exchange.prefill(ResponseBody(b'{"meta_info": {"prompt_tokens": 500}}'))
+    exchange.prefill(Ended())
+    exchange.route(respond())
+    [finished] = settle(exchange)
+    assert (finished.outcome, finished.prompt_tokens, finished.counted_tokens) == (Outcome.OK, 1000, 500)
+    assert nothing_charged(shared)
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "opaque"),
+    [
+        ({"injection": "headers"}, {"content_length": "9"}, True),
+        ({"injection": "headers"}, {}, False),  # sent in chunks: how long the prompt is shows in the body only
+        ({"injection": "headers"}, {"path": "/v1/completions", "content_length": "9"}, False),
+        ({"injection": "auto"}, {"content_length": "9"}, True),
+        ({"injection": "auto", "policy": "cache_aware"}, {"content_length": "9"}, False),
+        ({"injection": "auto", "decode": (WorkerConfig(url="http://d"),)}, {"content_length": "9"}, False),
+        (
+            {"injection": "auto", "decode": (WorkerConfig(url="http://d", header_overrides=True),)},
+            {"content_length": "9"},
+            True,
+        ),
+        ({}, {"content_length": "9"}, False),
+    ],
+)
+def test_where_bodies_are_not_read(settings, headers, opaque):
+    exchange = Exchange(gateway(**settings))
+    send, *_ = exchange.route(post(**headers))
+    assert send.reply.skip_request_body is opaque
+    exchange.route(Ended())
+
+
+def test_a_policy_that_reads_prompts_and_bodies_that_are_not_read_contradict():
+    with pytest.raises(ConfigError, match="auto or body"):
+        gateway(injection="headers", policy="prefix_hash")
+
+
+def test_unread_requests_keep_rooms_for_as_many_prompts_as_they_may_have():
+    shared = gateway(injection="headers")
+    rooms = []
+    for _ in range(2):
+        send, *_ = Exchange(shared).route(post(content_length="9"))
+        rooms.append(int(dict(send.reply.set_headers)["x-pd-room"]))
+    assert rooms[1] - rooms[0] >= MOST_PROMPTS
 
 
 def test_prefill_fails_before_the_response_so_the_client_gets_an_error_to_retry_on():
