@@ -23,7 +23,7 @@ WIDTH = 32
 WARM_UP = 200
 """Requests before the first census, so that what is made once is there."""
 
-TELLING = ("_asyncio.Task", "extproc.service._Stream", "extproc.load.Lease", "extproc.exchange.Exchange")
+TELLING = ("_asyncio.Task", "extproc.service.Call", "extproc.load.Lease", "extproc.exchange.Exchange")
 """Types of which each request has some. At rest there are as many as before."""
 SPARE = 4
 """More of them at the end than at the first census: Envoy opens an access log stream for each of its threads, with the
