@@ -230,6 +230,8 @@ class Finished:
     """What the prefill engine counted for `prompt_tokens`, where it was asked."""
     explanation: Explanation | None = None
     """The loads that the pick was made by, where that is switched on."""
+    started_s: float = 0.0
+    """When its headers came, on the service's clock."""
 
 
 Effect = Send | Wake | Linger | Finished

@@ -676,6 +676,7 @@ class Exchange:
             decode_end=self._decode_end if self._scheduled else None,
             counted_tokens=self._counted_tokens,
             explanation=self._scheduled.explanation if self._scheduled else None,
+            started_s=self._started_s,
         )
 
 

@@ -1,10 +1,13 @@
-"""The service's own HTTP port: its metrics, the load table, whether it lives and is ready, and which workers drain.
+"""The service's own HTTP port: a status page, metrics, the load table and the last decisions, whether it lives and is
+ready, and which workers drain.
 
 Shell. Not on the data path; Envoy never asks here. What changes something is for callers on this host only, as the port
 is often opened for the sake of its metrics.
 """
 
 import ipaddress
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -12,18 +15,24 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from extproc import status_page
 from extproc.errors import ConfigError
+from extproc.histogram import Window, read_totals
 from extproc.load import WorkerState
+from extproc.overview import Decisions, Loads, make_overview
 from extproc.table_view import describe_state
 
 DRAIN_PATH = "/workers/{role}/{name}/drain"
 """A resource that is there while the worker drains: PUT makes it, DELETE ends it, both as often as one likes. All three
 methods answer with the worker's state. The name is `host:port`, as in the configuration."""
 
+PAGE_AGE_S = 0.5
+"""The page is made at most this often, however many look: it is made on the thread that places requests."""
+
 
 class StatusServer:
-    """Serves `/metrics`, `/debug/loads`, `/health` (it lives), `/ready` (requests may come), `/workers` and
-    `DRAIN_PATH`."""
+    """Serves `/` (for browsers), `/metrics`, `/debug/loads`, `/debug/decisions`, `/health` (it lives), `/ready`
+    (requests may come), `/workers` and `DRAIN_PATH`."""
 
     def __init__(
         self,
@@ -33,10 +42,12 @@ class StatusServer:
         registry: CollectorRegistry,
         not_ready: Callable[[], str],
         loads: Callable[[], object],
+        decisions: Callable[[], object],
         workers: Callable[[], Sequence[WorkerState]],
         set_draining: Callable[[str, bool], None],
     ) -> None:
-        """`not_ready`: why no requests should come, empty when they may. `loads`: what `/debug/loads` shows, as JSON.
+        """`not_ready`: why no requests should come, empty when they may. `loads` and `decisions`: what is shown under
+        `/debug`, as JSON.
 
         `set_draining` takes the name of one of the `workers`.
         """
@@ -45,11 +56,17 @@ class StatusServer:
         self._registry = registry
         self._not_ready = not_ready
         self._loads = loads
+        self._decisions = decisions
         self._workers = workers
         self._set_draining = set_draining
+        self._window = Window()
+        self._page = ""
+        self._page_at_s = -math.inf
         app = web.Application()
+        app.router.add_get("/", self._status_page)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/debug/loads", self._debug_loads)
+        app.router.add_get("/debug/decisions", self._debug_decisions)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._readiness)
         app.router.add_get("/workers", self._list_workers)
@@ -73,11 +90,24 @@ class StatusServer:
         """Close the port and all connections."""
         await self._runner.cleanup()
 
+    async def _status_page(self, _: web.Request) -> web.Response:
+        now_s = time.monotonic()
+        if now_s - self._page_at_s >= PAGE_AGE_S:
+            self._window.add(now_s, read_totals(self._registry.collect()))
+            loads = msgspec.convert(self._loads(), Loads)
+            decisions = msgspec.convert(self._decisions(), Decisions)
+            self._page = status_page.render(make_overview(loads, decisions, self._window, self._not_ready()))
+            self._page_at_s = now_s
+        return web.Response(text=self._page, content_type="text/html", headers=status_page.HEADERS)
+
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _debug_loads(self, _: web.Request) -> web.Response:
         return _json(self._loads())
+
+    async def _debug_decisions(self, _: web.Request) -> web.Response:
+        return _json(self._decisions())
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -57,6 +57,7 @@ def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, obj
         "endpoint": worker.endpoint,
         "model": worker.model,
         "dp_size": worker.dp_size,
+        "circuit": state.circuit.state,
         "engine_clock_s": state.engine_clock_s,
         "ranks": [
             _rank(rank, load_tokens, now_s)
@@ -75,6 +76,7 @@ def _rank(rank: RankState, load_tokens: float, now_s: float) -> dict[str, object
         "load_tokens": load_tokens,
         "outstanding_tokens": rank.outstanding_tokens,
         "outstanding_requests": rank.outstanding_requests,
+        "largest_tokens": max((lease.tokens for lease in rank.leases), default=0.0),
         "done_tokens": rank.done_tokens(now_s),
         "charged_tokens": rank.charged_tokens,
         "foreign_tokens": None if rank.news_at_s is None else rank.foreign_tokens,

@@ -4,6 +4,7 @@ Never prompts, bodies or credentials: only what `Finished` holds. Gauges are rea
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -31,11 +32,20 @@ ESTIMATE_BUCKETS_RATIO = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3
 CIRCUIT_LEVELS = {CircuitState.CLOSED: 0.0, CircuitState.HALF_OPEN: 0.5, CircuitState.OPEN: 1.0}
 
 
+KEPT_DECISIONS = 64
+"""Attempts that `/debug/decisions` remembers: a few screens, and at most 200 KB with explanations (2 KB each)."""
+
+UNPLACED = frozenset({Outcome.NO_WORKER, Outcome.OVERLOADED})
+"""Decisions that came to no placement. Bad requests are none: they never got to the scheduler."""
+
+
 class Telemetry:
-    """Counts and logs finished attempts and scrapes."""
+    """Counts, logs and remembers finished attempts, and counts scrapes."""
 
     def __init__(self, table: LoadTable, clock: Callable[[], float], open_exchanges: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
+        self.decisions: deque[Finished] = deque(maxlen=KEPT_DECISIONS)
+        """The scheduler's last decisions whose attempts are over, in the order of their ends."""
         self._attempts = Counter(
             "extproc_attempts",
             "Attempts at requests that ended, by outcome. A retried request has several.",
@@ -95,6 +105,8 @@ class Telemetry:
 
     def finished(self, record: Finished) -> None:
         """An attempt is over."""
+        if record.placement or record.outcome in UNPLACED:
+            self.decisions.append(record)
         self._attempts.labels(record.endpoint, record.outcome, record.status).inc()
         if record.attempt > 1:
             self._retries.labels(record.outcome).inc()
