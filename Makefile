@@ -16,7 +16,7 @@ ARGS ?=
 TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test chaos fuzz soak image compose-up test-compose check bench-lab bench-scheduling lock clean
+.PHONY: help venv demo test test-envoy-matrix snippets chaos fuzz soak image compose-up test-compose check docs docs-reference dist bench bench-lab bench-scheduling lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ demo: venv ## a whole gateway with simulated engines, shown and checked; KEEP=1 
 
 test: venv ## all tests, those with a real Envoy included
 	$(BIN)/python -m pytest $(ARGS)
+
+test-envoy-matrix: venv ## the tests with an Envoy, for the supported versions; ARGS="--versions 1.36.2 --keyword attach"
+	$(BIN)/python tests/matrix/run.py $(ARGS)
+
+snippets: venv ## write envoy/filters/ and the printed parts of envoy/examples/ anew
+	$(BIN)/python tests/envoy/update_snippets.py
 
 chaos: venv ## break a gateway in every way there is, and print what was measured; takes minutes
 	$(BIN)/python tests/chaos/run.py $(ARGS)
@@ -49,11 +55,29 @@ compose-up: ## engines (simulated), service and Envoy in containers; Ctrl-C stop
 test-compose: venv ## build the image and run it with Compose (needs a Docker engine)
 	$(BIN)/python -m pytest tests/compose $(ARGS)
 
-check: venv ## lint, format, types, import contracts
+# Not with --quiet: that lets warnings pass.
+docs: venv ## the documentation as a site, in site/; a warning is an error
+	$(BIN)/python tools/docs_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-reference: venv ## write docs/reference.md and docs/cli.md anew, from the code
+	$(BIN)/python tools/docs_reference.py
+
+dist: venv ## wheel and sdist, in dist/
+	rm -rf dist build
+	$(BIN)/python -m build $(ARGS)
+	$(BIN)/python -m twine check --strict dist/*
+
+check: venv ## lint, format, types, import contracts, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/docs_reference.py --check
+	$(MAKE) --no-print-directory docs
+
+bench: venv ## what the gateway costs, beside others; SMG_PYTHON=…, SGLANG_ROUTER_PYTHON=… (docs/performance.md); needs wrk, gcc
+	$(BIN)/python tests/bench/performance.py $(ARGS)
 
 bench-lab: venv ## the scheduling figures in virtual time, required and reached (TRACE: Mooncake's conversation trace)
 	$(BIN)/python -m extproc.lab.acceptance --trace $(TRACE) --jobs 2 $(ARGS)
@@ -69,7 +93,7 @@ lock: venv ## write the lock file anew after a change of dependencies; ARGS=--up
 	  --no-emit-index-url --no-header --no-annotate --constraint $(LOCK) --output-file $(IMAGE_LOCK) pyproject.toml -
 
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz .soak
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache .fuzz .soak
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Made anew only when the dependencies have changed. The lock file pins every package by its hash.

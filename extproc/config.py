@@ -107,6 +107,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """PEM files, as Envoy finds them: its own certificate chain and key for the service."""
     envoy_tls_server_name: str | None = None
     """What the service's certificate must be for: DNS name, IP address or URI. Default: the host Envoy connects to."""
+    processes: Count = 1
+    """Processes that serve Envoy, each on an address of its own: see `target_of` and docs/processes.md."""
     prometheus_host: str = "127.0.0.1"
     prometheus_port: Port = 29000
     log_level: LogLevel = "info"
@@ -198,6 +200,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Name the picked workers to the client. Off: they are internal addresses."""
     explain: bool = False
     """Tell clients (`x-pd-prefill-loads`, `x-pd-decode-loads`) and the log what loads a pick was made by."""
+    otel: bool = False
+    """Make OpenTelemetry traces and export them, as the environment's OTEL_* variables say (docs/otel.md)."""
     tokenizer_path: str | None = None
     """The model's `tokenizer.json`, or the folder it is in: prompts up to 8 KiB are then counted, not estimated."""
     retry_max_retries: Annotated[int, Meta(ge=0)] = 2
@@ -252,6 +256,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             if keys.api_key_file is not None and keys.api_key_env is not None:
                 raise ConfigError(f"{place}api_key_file and {place}api_key_env: set one of them only")
 
+    def check_processes(self) -> None:
+        """Whether the settings allow for several processes. Raises ConfigError."""
+        if self.processes == 1:
+            return
+        if "manual" in {self.worker_policy(role) for role in Role}:
+            raise ConfigError("processes: the policy manual remembers its keys in one process: set processes: 1")
+        if self.grpc_port + self.processes - 1 > 65535:
+            raise ConfigError(f"processes: each takes a port from grpc_port {self.grpc_port} on: there are not so many")
+
     def circuit_limits(self) -> CircuitLimits:
         """Of the workers' circuit breakers."""
         if self.disable_circuit_breaker:
@@ -271,6 +284,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Name of the policy that picks the DP rank on the worker of a role."""
         chosen = self.prefill_rank_policy if role is Role.PREFILL else self.decode_rank_policy
         return chosen or ("minimum_tokens" if self.dp_minimum_tokens_scheduler else "bootstrap_room")
+
+
+def target_of(target: str, process: int, processes: int) -> str:
+    """Where one of the service's processes serves, by where the service does (`host:port` or `unix:PATH`).
+
+    One process: right there. Several: the port counted on, or the path with the process's number behind it.
+    """
+    if processes == 1:
+        return target
+    if target.startswith("unix:"):
+        return f"{target}.{process}"
+    host, _, port = target.rpartition(":")
+    return f"{host}:{int(port) + process}"
 
 
 def read_file(path: Path) -> dict[str, object]:
@@ -299,6 +325,7 @@ def build(file_keys: Mapping[str, object], flags: Mapping[str, object], source: 
     config.workers()
     config.models()
     config.check_credentials()
+    config.check_processes()
     return config
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from extproc.explain import Explanation
 from extproc.model import Placement
 from extproc.mutation import Headers
+from extproc.trace_context import Trace
 
 
 class Leg(enum.StrEnum):
@@ -232,6 +233,10 @@ class Finished:
     """The loads that the pick was made by, where that is switched on."""
     started_s: float = 0.0
     """When its headers came, on the service's clock."""
+    dispatched_s: float | None = None
+    """From the request's headers to its dispatch."""
+    trace: Trace | None = None
+    """Its place in a trace, where those are made."""
 
 
 Effect = Send | Wake | Linger | Finished

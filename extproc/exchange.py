@@ -77,6 +77,7 @@ from extproc.request import (
     unread,
 )
 from extproc.schedule import Scheduled, Scheduler
+from extproc.trace_context import Begin, Trace
 from extproc.usage import counted_tokens, is_readable
 
 Clock = Callable[[], float]
@@ -105,6 +106,22 @@ REASON_S = 1.0
 
 MAX_REMEMBERED_FAILURES = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
+
+READ_HEADERS = (
+    ":method",
+    ":path",
+    ":status",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "traceparent",
+    "tracestate",
+    "x-envoy-attempt-count",
+    "x-request-id",
+    ROUTING_KEY,
+)
+"""What is looked at in requests and responses, besides what clients may not set. Envoy is told to send nothing else: no
+credentials, and half the headers to decode."""
 
 JSON_CONTENT: Headers = (("content-type", "application/json"),)
 
@@ -165,12 +182,20 @@ class Gateway:
         scheduler: Scheduler,
         clock: Clock,
         estimator: TokenEstimator | None = None,
+        *,
+        begin_trace: Begin | None = None,
     ) -> None:
+        """`begin_trace` gives every attempt its place in a trace; None: there are no traces."""
         self.config = config
         self.estimator = estimator or TokenEstimator()
         self.table = table
         self.scheduler = scheduler
         self.clock = clock
+        self.begin_trace = begin_trace
+        self.marks: Headers = ()
+        """Request headers that every placed request gets."""
+        self.tell_blame: Callable[[str, str], None] | None = None
+        """Lets other processes know whom a request blames."""
         self.models = config.models()
         self.direct_paths = DirectPaths(config.direct_paths)
         self.opaque = _opaque_endpoints(config, scheduler)
@@ -207,6 +232,12 @@ class Gateway:
 
     def blame(self, request_id: str, worker_name: str) -> None:
         """Remember a worker that failed a request, for the request's next attempt."""
+        if request_id and self.tell_blame is not None:
+            self.tell_blame(request_id, worker_name)
+        self.apply_blame(request_id, worker_name)
+
+    def apply_blame(self, request_id: str, worker_name: str) -> None:
+        """The same for what another process told."""
         if request_id:
             self._failed_workers.setdefault(request_id, set()).add(worker_name)
             if len(self._failed_workers) > MAX_REMEMBERED_FAILURES:
@@ -236,6 +267,7 @@ class Exchange:
         self._request_id = ""
         self._attempt = 1
         self._strip: tuple[str, ...] = ()
+        self._trace: Trace | None = None
         self._routing_key = ""
         self._scheduled: Scheduled | None = None
         self._mutation: Mutation | None = None
@@ -310,6 +342,9 @@ class Exchange:
         self._request_id = headers.get("x-request-id", "")
         self._attempt = number(headers.get("x-envoy-attempt-count", "")) or 1
         self._strip = reserved(headers)
+        if self._gateway.begin_trace:
+            self._trace = self._gateway.begin_trace(headers)
+            self._strip += self._trace.remove_headers
         self._routing_key = headers.get(ROUTING_KEY, "")
         if headers.get(":method") == "POST":
             self._endpoint = ENDPOINTS.get(split_path(headers.get(":path", "")))
@@ -336,7 +371,7 @@ class Exchange:
         self.route_state = RouteState.DIRECT
         answer = Answer(
             Phase.REQUEST_HEADERS,
-            set_headers=((MODE, "direct"), (DECODE_ENDPOINT, worker.endpoint or "")),
+            set_headers=self._traced(((MODE, "direct"), (DECODE_ENDPOINT, worker.endpoint or ""))),
             remove_headers=self._strip,
             pick_route_again=True,
             skip_request_body=not event.end_of_stream,
@@ -385,19 +420,23 @@ class Exchange:
         self._decision_s = self._dispatched_s - before_s
         self.route_state = RouteState.DISPATCHED
         self._decode_end = LegEnd.CANCELLED  # unless it gets to answer
-        strip = self._strip
+        headers, strip = self._mutation.headers + self._gateway.marks, self._strip
         if strip:  # seldom: the public listener has done so
-            ours = {name for name, _ in self._mutation.headers}
+            ours = {name for name, _ in headers}
             strip = tuple(name for name in strip if name not in ours)
         answer = Answer(
             phase,
-            set_headers=self._mutation.headers,
+            set_headers=self._traced(headers),
             remove_headers=strip,
             body=self._mutation.decode_body,
             pick_route_again=True,
             skip_request_body=phase is Phase.REQUEST_HEADERS,
         )
         return [Send(Leg.ROUTE, answer), Wake(Leg.ROUTE, self._gateway.config.prefill_timeout_secs)]
+
+    def _traced(self, headers: Headers) -> Headers:
+        """With what makes this attempt's span the parent of an engine's; the mirror gets it, too."""
+        return headers + self._trace.set_headers if self._trace else headers
 
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
@@ -456,7 +495,7 @@ class Exchange:
             self._fail(Outcome.ABORTED, "the client left before the response")
         if self._scheduled is None:
             return [self._finish()]
-        if before is RouteState.WAITING:  # the client left, or decode broke off: another attempt comes at once, if any
+        if before in UNANSWERED:  # the client left, or decode broke off: another attempt comes at once, if any
             self._gateway.blame(self._request_id, self._scheduled.placement.decode.worker.name)
         began_well = before is RouteState.RESPONDING and self._outcome is Outcome.OK
         unsure = began_well or (before is RouteState.WAITING and self._outcome is Outcome.OK) or self._may_be_echo
@@ -677,6 +716,8 @@ class Exchange:
             counted_tokens=self._counted_tokens,
             explanation=self._scheduled.explanation if self._scheduled else None,
             started_s=self._started_s,
+            dispatched_s=self._dispatched_s - self._started_s if self._dispatched_s is not None else None,
+            trace=self._trace,
         )
 
 

@@ -2,13 +2,15 @@
 
 The only shared mutable state of the service. No I/O, no clock of its own; one event loop and no `await` inside, so no
 locks: a pick and its charge are one step. Only writers: `worker_changed` (health, discovery), `set_draining`
-(operators), `observe` (scrapes), `charge` and `release` (exchanges).
+(operators), `observe` (scrapes), `charge`, `release` and `judge` (exchanges), and the `apply_…` methods, by which
+`extproc.processes` says what the exchanges of another process did.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from extproc.circuit import NO_LIMITS, Circuit, CircuitLimits, CircuitState
 from extproc.model import RankLoad, Role, Worker
@@ -124,6 +126,19 @@ class Lease:
         return self.released_at_s is not None
 
 
+class Observer(Protocol):
+    """Hears of what this process's own exchanges do to the table, as it is done."""
+
+    def charged(self, lease: Lease, prompt_tokens: float, output_tokens: float) -> None:
+        """A lease was made."""
+
+    def released(self, lease: Lease, failed: bool | None, judged: bool) -> None:
+        """It was given back; `judged`: the circuit has been told in the same step."""
+
+    def judged(self, lease: Lease, failed: bool | None) -> None:
+        """The circuit was told later."""
+
+
 class LoadTable:
     """All workers' states. Made once, passed in everywhere."""
 
@@ -141,6 +156,7 @@ class LoadTable:
         """Legs of each role that have not ended."""
         self.output_tokens: float | None = None
         """Mean output of a prompt, learned; None while nothing is."""
+        self.observer: Observer | None = None
 
     def __repr__(self) -> str:
         """One line a rank; what a person wants to see in a failing test."""
@@ -158,6 +174,10 @@ class LoadTable:
     def states(self) -> Sequence[WorkerState]:
         """Every worker, healthy or not."""
         return list(self._states.values())
+
+    def state(self, worker_name: str) -> WorkerState | None:
+        """A worker by its name."""
+        return self._states.get(worker_name)
 
     def eligible(self, role: Role) -> Sequence[WorkerState]:
         """The workers of a role that may be picked: healthy, not draining, address known, circuit not open.
@@ -263,20 +283,31 @@ class LoadTable:
 
         `after`: the lease of the leg that this one begins with the end of; its output is then learned from.
         """
-        now_s = self.clock()
-        rank = state.ranks[dp_rank]
-        lease = Lease(state, rank, prompt_tokens + output_tokens, now_s, after=after, max_output=max_output)
+        tokens = prompt_tokens + output_tokens
+        lease = Lease(state, state.ranks[dp_rank], tokens, self.clock(), after=after, max_output=max_output)
+        self._charge(lease, prompt_tokens)
+        if self.observer is not None:
+            self.observer.charged(lease, prompt_tokens, output_tokens)
+        return lease
+
+    def apply_charge(self, lease: Lease, prompt_tokens: float) -> None:
+        """Enter a lease of another process. Its rank need not be one of the worker's (any more)."""
+        lease.charged_at_s = _not_before(lease.rank, lease.charged_at_s)
+        lease.state.circuit.allows(lease.charged_at_s)  # there it was asked; it may have become half open by that
+        self._charge(lease, prompt_tokens)
+
+    def _charge(self, lease: Lease, prompt_tokens: float) -> None:
+        rank, state, at_s = lease.rank, lease.state, lease.charged_at_s
         if not rank.leases:
-            rank.serving_since_s = now_s
+            rank.serving_since_s = at_s
         rank.leases[lease] = None
         rank.charged_tokens += prompt_tokens
         rank.outstanding_tokens += lease.tokens
         rank.outstanding_requests += 1
-        rank.changes.append((now_s, lease.tokens))
+        rank.changes.append((at_s, lease.tokens))
         state.in_flight += 1
         self.in_flight[state.worker.role] += 1
         state.circuit.sent()
-        return lease
 
     def release(self, lease: Lease, failed: bool | None = False, *, judge: bool = True) -> None:
         """Give a lease back; a second time does nothing.
@@ -286,10 +317,19 @@ class LoadTable:
         """
         if lease.released:
             return
-        lease.released_at_s = now_s = self.clock()
+        self._release(lease, failed, judge, self.clock())
+        if self.observer is not None:
+            self.observer.released(lease, failed, judge)
+
+    def apply_release(self, lease: Lease, failed: bool | None, judge: bool, at_s: float) -> None:
+        """The same for a lease of another process, which released it at `at_s`."""
+        self._release(lease, failed, judge, _not_before(lease.rank, at_s))
+
+    def _release(self, lease: Lease, failed: bool | None, judge: bool, now_s: float) -> None:
+        lease.released_at_s = now_s
         rank = lease.rank
         if judge:
-            self.judge(lease, failed)
+            self.apply_judgement(lease, failed, now_s)
         if lease.after is not None and failed is False:
             self._learn_output(lease, lease.after.released_at_s)
         lease.after = None
@@ -313,9 +353,20 @@ class LoadTable:
         """Tell the worker's circuit breaker how a leg ended; a second time does nothing."""
         if lease.judged:
             return
+        self.apply_judgement(lease, failed, self.clock())
+        if self.observer is not None:
+            self.observer.judged(lease, failed)
+
+    def apply_judgement(self, lease: Lease, failed: bool | None, at_s: float) -> None:
+        """The same for a lease of another process, or as part of a release."""
+        if lease.judged:
+            return
         lease.judged = True
-        state = lease.state
-        state.circuit.ended(failed, self.clock())
+        lease.state.circuit.ended(failed, at_s)
+        self.circuit_changed(lease.state)
+
+    def circuit_changed(self, state: WorkerState) -> None:
+        """Look whether a worker's circuit is closed."""
         if state.circuit.state is CircuitState.CLOSED:
             self._tripped.discard(state)
         else:
@@ -339,3 +390,9 @@ class LoadTable:
     def _new_state(self, worker: Worker) -> WorkerState:
         ranks = [RankState(dp_rank, worker.role) for dp_rank in range(worker.rank_count)]
         return WorkerState(worker, Circuit(self._limits), ranks=ranks)
+
+
+def _not_before(rank: RankState, at_s: float) -> float:
+    """A moment in another process, or that of the ledger's latest change, which is microseconds to milliseconds later:
+    changes are looked up by time, so they have to be in order."""
+    return max(at_s, rank.changes[-1][0]) if rank.changes else at_s

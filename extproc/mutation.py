@@ -24,6 +24,10 @@ DECODE_ENDPOINT = "x-pd-decode-endpoint"
 DECODE_RANK = "x-pd-decode-rank"
 """Request headers set by the service; the endpoints are `ip:port`, and Envoy dials what they say."""
 
+PROCESS = "x-pd-process"
+"""Where the service has several processes: the number of the one that has placed the request, for its prefill leg and
+the access log, which have to come to the same one."""
+
 PREFILL = "x-pd-prefill"
 DECODE = "x-pd-decode"
 """Response headers, where switched on: `host:port;dp_rank=N` of the picked workers."""

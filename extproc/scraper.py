@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
-import httpx
-
 from extproc.config import Config, WorkerConfig
-from extproc.discovery.fetch import FetchError, fetch
+from extproc.discovery.fetch import Client, FetchError, fetch
 from extproc.discovery.tasks import WorkerTasks
 from extproc.loads_text import parse_loads
 from extproc.model import RankLoad, Role, Worker
@@ -89,7 +87,7 @@ class Scraper:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: Client,
         sink: LoadSink,
         *,
         interval_s: float,
@@ -171,7 +169,7 @@ class Scraper:
 
 
 async def read_loads(
-    client: httpx.AsyncClient,
+    client: Client,
     urls: Iterable[str],
     *,
     timeout_s: float,
@@ -204,7 +202,7 @@ async def read_loads(
 
 
 async def _loads_at(
-    client: httpx.AsyncClient, url: str, timeout_s: float, headers: Mapping[str, str] | None
+    client: Client, url: str, timeout_s: float, headers: Mapping[str, str] | None
 ) -> tuple[RankLoad, ...]:
     answer = await fetch(client, url, timeout_s=timeout_s, headers=headers)
     if answer.status != 200:

@@ -4,6 +4,7 @@ Messages: `envoy.service.ext_proc.v3.ProcessingRequest` and `ProcessingResponse`
 cost 1-10 us a message (docs/decisions.md). Bytes in, bytes out, so that any transport can sit in front.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -11,7 +12,6 @@ from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage
 from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    BodyMutation,
     BodyResponse,
     CommonResponse,
     HeaderMutation,
@@ -40,7 +40,7 @@ from extproc.events import (
     ResponseHeaders,
     Trailers,
 )
-from extproc.mutation import ROOM, Headers
+from extproc.mutation import OVERRIDE, ROOM
 from extproc.number import number
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -60,8 +60,6 @@ WORKER_FLAGS = {
 """Flags that say that the decode worker did, or that Envoy gave it up."""
 
 _STATUS = re.compile("[0-9]{1,3}")
-
-_OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
 class WireError(Exception):
@@ -114,12 +112,12 @@ def decode_access_log(data: bytes) -> list[tuple[int, Broken]]:
 def encode(reply: Reply) -> bytes:
     """A reply as a ProcessingResponse."""
     match reply:
+        case Answer():
+            return _answer(reply)
         case Immediate():
             message = _immediate(reply)
         case Extend():
             message = ProcessingResponse(override_message_timeout=_duration(reply.seconds))
-        case Answer():
-            message = _answer(reply)
     data: bytes = message.SerializeToString()
     return data
 
@@ -137,36 +135,76 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
     return headers
 
 
-def _answer(answer: Answer) -> ProcessingResponse:
-    set_headers: Headers = answer.set_headers
-    if answer.body is not None:
-        set_headers = (*set_headers, ("content-length", str(len(answer.body))))
-    common = CommonResponse(
-        header_mutation=_mutation(set_headers, answer.remove_headers) if set_headers or answer.remove_headers else None,
-        clear_route_cache=answer.pick_route_again,
-    )
-    if answer.body is not None:
-        common.body_mutation.CopyFrom(BodyMutation(body=answer.body))
-    match answer.phase:
-        case Phase.REQUEST_HEADERS:
-            if answer.body is not None:
-                common.status = CommonResponse.CONTINUE_AND_REPLACE
-            response = ProcessingResponse(request_headers=HeadersResponse(response=common))
-        case Phase.RESPONSE_HEADERS:
-            response = ProcessingResponse(response_headers=HeadersResponse(response=common))
-        case Phase.REQUEST_BODY:
-            response = ProcessingResponse(request_body=BodyResponse(response=common))
-        case Phase.RESPONSE_BODY:
-            response = ProcessingResponse(response_body=BodyResponse(response=common))
-        case Phase.REQUEST_TRAILERS:
-            response = ProcessingResponse(request_trailers=TrailersResponse())
-        case Phase.RESPONSE_TRAILERS:
-            response = ProcessingResponse(response_trailers=TrailersResponse())
+# Answers are put together by hand, from parts that repeat: a fifth of the time that message objects take.
+
+
+def _answer(answer: Answer) -> bytes:
+    if answer == _PLAIN_ANSWERS[answer.phase]:
+        return _PLAIN[answer.phase]
+    body = answer.body
+    common = list[bytes]()
+    if body is not None and answer.phase is Phase.REQUEST_HEADERS:
+        common.append(_CONTINUE_AND_REPLACE)
+    mutation = [
+        _changing_option(name, value) if name in _CHANGING else _option(name, value)
+        for name, value in answer.set_headers
+    ]
+    if body is not None:
+        mutation.append(_changing_option("content-length", str(len(body))))
+    if answer.remove_headers:
+        mutation += [_field(2, name.encode()) for name in answer.remove_headers]
+    if mutation:
+        common.append(_field(2, b"".join(mutation)))
+    if body is not None:
+        part = _field(1, body)
+        common += (b"\x1a", _varint(len(part)), part)
+    if answer.pick_route_again:
+        common.append(_CLEAR_ROUTE_CACHE)
+    inner = b"".join(common)
+    response = b"".join((b"\x0a", _varint(len(inner)), inner))
+    if answer.phase in {Phase.REQUEST_TRAILERS, Phase.RESPONSE_TRAILERS}:
+        response = b""
+    parts = [_TAGS[answer.phase], _varint(len(response)), response]
     if answer.skip_request_body:
-        response.mode_override.CopyFrom(_SKIP_REQUEST_BODY)
+        parts.append(_SKIP_REQUEST_BODY)
     if answer.want_response_body:
-        response.mode_override.CopyFrom(_WANT_RESPONSE_BODY)
-    return response
+        parts.append(_WANT_RESPONSE_BODY)
+    return b"".join(parts)
+
+
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _BYTES[value]
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of kind bytes, string or message; `number` up to 15."""
+    return b"".join((_BYTES[number << 3 | 2], _varint(len(content)), content))
+
+
+def _changing_option(name: str, value: str) -> bytes:
+    """One of HeaderMutation's `set_headers`. `raw_value` only: Envoy rejects a header that sets `value` as well."""
+    header = _field(1, name.encode()) + _field(3, value.encode())
+    return _field(1, _field(1, header) + _OVERWRITE)
+
+
+_CHANGING = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent"})
+"""Headers with a new value in each answer."""
+_option = functools.lru_cache(maxsize=4096)(_changing_option)
+_BYTES = [bytes((value,)) for value in range(0x80)]
+_OVERWRITE = b"\x18" + _varint(HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
+_CONTINUE_AND_REPLACE = b"\x08" + _varint(CommonResponse.CONTINUE_AND_REPLACE)
+_CLEAR_ROUTE_CACHE = b"\x28\x01"
+_TAGS = {
+    phase: _varint(ProcessingResponse.DESCRIPTOR.fields_by_name[phase.name.lower()].number << 3 | 2) for phase in Phase
+}
+_PLAIN_ANSWERS = {phase: Answer(phase) for phase in Phase}
 
 
 def _immediate(immediate: Immediate) -> ProcessingResponse:
@@ -184,7 +222,10 @@ def _mutation(set_headers: Iterable[tuple[str, str]], remove_headers: Iterable[s
     return HeaderMutation(
         set_headers=[
             # raw_value only: Envoy rejects a header that sets `value` as well.
-            HeaderValueOption(header=HeaderValue(key=name, raw_value=value.encode()), append_action=_OVERWRITE)
+            HeaderValueOption(
+                header=HeaderValue(key=name, raw_value=value.encode()),
+                append_action=HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+            )
             for name, value in set_headers
         ],
         remove_headers=remove_headers,
@@ -192,20 +233,33 @@ def _mutation(set_headers: Iterable[tuple[str, str]], remove_headers: Iterable[s
 
 
 # An override replaces the whole mode, so each states all that is still to come.
-_SKIP_REQUEST_BODY = ProcessingMode(
-    request_header_mode=ProcessingMode.SEND,
-    request_body_mode=ProcessingMode.NONE,
-    request_trailer_mode=ProcessingMode.SKIP,
-    response_header_mode=ProcessingMode.SEND,
-    response_body_mode=ProcessingMode.NONE,
-    response_trailer_mode=ProcessingMode.SEND,
-)
-_WANT_RESPONSE_BODY = ProcessingMode(
-    request_header_mode=ProcessingMode.SEND,
-    request_body_mode=ProcessingMode.NONE,
-    request_trailer_mode=ProcessingMode.SKIP,
-    response_header_mode=ProcessingMode.SEND,
-    # Partial: a body beyond Envoy's buffer (1 MiB) comes cut off, and goes on as it is; BUFFERED would make it a 500.
-    response_body_mode=ProcessingMode.BUFFERED_PARTIAL,
-    response_trailer_mode=ProcessingMode.SEND,
-)
+_SKIP_REQUEST_BODY = ProcessingResponse(
+    mode_override=ProcessingMode(
+        request_header_mode=ProcessingMode.SEND,
+        request_body_mode=ProcessingMode.NONE,
+        request_trailer_mode=ProcessingMode.SKIP,
+        response_header_mode=ProcessingMode.SEND,
+        response_body_mode=ProcessingMode.NONE,
+        response_trailer_mode=ProcessingMode.SEND,
+    )
+).SerializeToString()
+_WANT_RESPONSE_BODY = ProcessingResponse(
+    mode_override=ProcessingMode(
+        request_header_mode=ProcessingMode.SEND,
+        request_body_mode=ProcessingMode.NONE,
+        request_trailer_mode=ProcessingMode.SKIP,
+        response_header_mode=ProcessingMode.SEND,
+        # Partial: a body beyond Envoy's buffer (1 MiB) comes cut off and goes on as it is; BUFFERED makes it a 500.
+        response_body_mode=ProcessingMode.BUFFERED_PARTIAL,
+        response_trailer_mode=ProcessingMode.SEND,
+    )
+).SerializeToString()
+_plain_messages = {
+    Phase.REQUEST_HEADERS: ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse())),
+    Phase.REQUEST_BODY: ProcessingResponse(request_body=BodyResponse(response=CommonResponse())),
+    Phase.REQUEST_TRAILERS: ProcessingResponse(request_trailers=TrailersResponse()),
+    Phase.RESPONSE_HEADERS: ProcessingResponse(response_headers=HeadersResponse(response=CommonResponse())),
+    Phase.RESPONSE_BODY: ProcessingResponse(response_body=BodyResponse(response=CommonResponse())),
+    Phase.RESPONSE_TRAILERS: ProcessingResponse(response_trailers=TrailersResponse()),
+}
+_PLAIN: dict[Phase, bytes] = {phase: message.SerializeToString() for phase, message in _plain_messages.items()}

@@ -148,8 +148,10 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     add(addresses, "grpc_host", text="the ext_proc service's address, for Envoy")
     add(addresses, "grpc_port", int, text="the ext_proc service's port, for Envoy")
     add(addresses, "grpc_uds", metavar="PATH", text="a unix socket for Envoy instead of that port")
+    add(addresses, "processes", int, text="processes of the service, one for each core it may use (docs/processes.md)")
     add(addresses, "prometheus_host", text="address of the service's own metrics")
     add(addresses, "prometheus_port", int, text="port of the service's own metrics")
+    add(addresses, "otel", bool, text="export OpenTelemetry traces, set up by OTEL_* variables (extra [otel])")
     add(addresses, "log_level", choices=["debug", "info", "warn", "error"], text="least severe messages to log")
 
 

@@ -40,6 +40,9 @@ COMMANDS = {
     "completion": Command("extproc.cli.completion", "print a script by which a shell completes commands and flags"),
 }
 
+FOLLOWER = "process"
+"""What the service starts its further processes by (`--processes`)."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `extproc` command. Returns its exit status."""
@@ -71,4 +74,9 @@ def make_parser(complete: Collection[str] = tuple(COMMANDS)) -> argparse.Argumen
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    if FOLLOWER in complete:  # not listed: nobody starts it by hand
+        module = importlib.import_module(f"extproc.cli.{FOLLOWER}")
+        subparser = commands.add_parser(FOLLOWER)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
     return parser

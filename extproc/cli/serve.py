@@ -11,6 +11,7 @@ import uvloop
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
 from extproc.config import Config
+from extproc.memory import give_back_large_blocks
 from extproc.server import Service
 
 logger = logging.getLogger("extproc")
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises ConfigError."""
     config = config_from(args)
-    setup_logging(config.log_level)
+    setup_logging(config.log_level, 0 if config.processes > 1 else None)
+    give_back_large_blocks()
     uvloop.run(_serve(config))
     return 0
 
@@ -62,7 +64,7 @@ async def drain(service: Service, stop: asyncio.Event, close: Callable[[], Await
     finally:
         draining.cancel()
         again.cancel()
-    open_streams = service.processor.open_streams
+    open_streams = service.open_streams
     if open_streams:
         logger.warning("stopping with %d streams open", open_streams)
     logger.info("stopping")
@@ -74,9 +76,9 @@ async def _drain(service: Service, close: Callable[[], Awaitable[None]]) -> None
     await service.leave()
     await asyncio.sleep(delay_s)
     await close()
-    logger.info("draining: no new requests, %d streams may go on for %g s", service.processor.open_streams, grace_s)
+    logger.info("draining: no new requests, %d streams may go on for %g s", service.open_streams, grace_s)
     try:
         async with asyncio.timeout(grace_s):
-            await service.processor.idle()
+            await service.idle()
     except TimeoutError:
         return

@@ -14,6 +14,7 @@ from extproc.cli.serve import drain, stop_signal
 from extproc.config import Config
 from extproc.envoy_process import EnvoyError, EnvoyProcess, find_binary
 from extproc.errors import ConfigError
+from extproc.memory import give_back_large_blocks
 from extproc.server import Service
 
 logger = logging.getLogger("extproc")
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run both until SIGINT or SIGTERM, or until one of them dies. Raises ConfigError."""
     config = config_from(args)
-    setup_logging(config.log_level)
+    setup_logging(config.log_level, 0 if config.processes > 1 else None)
+    give_back_large_blocks()
     binary = find_binary(args.envoy)
     failure: Exception | None = None
     try:

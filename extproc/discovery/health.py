@@ -12,9 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import httpx
-
 from extproc.config import Config, WorkerConfig
+from extproc.discovery.fetch import Client
 from extproc.discovery.info import WorkerInfo, merge, problems, role_conflict
 from extproc.discovery.inquiry import ask_info, check_health
 from extproc.discovery.resolve import Lookup, resolve, system_lookup
@@ -89,7 +88,7 @@ class HealthMonitor:
     def __init__(
         self,
         config: Config,
-        client: httpx.AsyncClient,
+        client: Client,
         sink: WorkerSink,
         *,
         headers: Callable[[str], Mapping[str, str]] = lambda _: {},

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import httpx
-
-from extproc.discovery.fetch import FetchError, fetch
+from extproc.discovery.fetch import Client, FetchError, fetch
 from extproc.discovery.info import MODEL_INFO_PATHS, SERVER_INFO_PATHS, WorkerInfo, parse_info
 
 
 async def check_health(
-    client: httpx.AsyncClient, base_url: str, path: str, timeout_s: float, headers: Mapping[str, str]
+    client: Client, base_url: str, path: str, timeout_s: float, headers: Mapping[str, str]
 ) -> str | None:
     """None when the engine says that it is up (a 2xx status), else why it is taken to be down.
 
@@ -22,9 +20,7 @@ async def check_health(
     return None if 200 <= answer.status < 300 else f"{path} answered status {answer.status}"
 
 
-async def ask_info(
-    client: httpx.AsyncClient, base_url: str, timeout_s: float, headers: Mapping[str, str]
-) -> WorkerInfo:
+async def ask_info(client: Client, base_url: str, timeout_s: float, headers: Mapping[str, str]) -> WorkerInfo:
     """What the engine says about itself; empty when it says nothing. The second endpoint completes the first."""
     info = await _first_answer(client, base_url, SERVER_INFO_PATHS, timeout_s, headers)
     if info.model is None or info.mode is None:
@@ -33,7 +29,7 @@ async def ask_info(
 
 
 async def _first_answer(
-    client: httpx.AsyncClient, base_url: str, paths: Sequence[str], timeout_s: float, headers: Mapping[str, str]
+    client: Client, base_url: str, paths: Sequence[str], timeout_s: float, headers: Mapping[str, str]
 ) -> WorkerInfo:
     for path in paths:
         try:

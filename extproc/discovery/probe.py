@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import httpx
-
 from extproc.config import Config, WorkerConfig
-from extproc.discovery.fetch import FetchError
+from extproc.discovery.fetch import Client, FetchError
 from extproc.discovery.info import WorkerInfo, merge, problems, role_conflict
 from extproc.discovery.inquiry import ask_info, check_health
 from extproc.discovery.resolve import Lookup, resolve, system_lookup
@@ -35,7 +33,7 @@ async def probe(
     config: Config,
     role: Role,
     entry: WorkerConfig,
-    client: httpx.AsyncClient,
+    client: Client,
     *,
     headers: Mapping[str, str] | None = None,
     lookup: Lookup = system_lookup,

@@ -13,9 +13,7 @@ import betterproto2
 import yaml
 from betterproto2 import Casing
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
-from envoy_data_plane.envoy.config.core.v3 import Node, TypedExtensionConfig
-from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
-from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.envoy.config.core.v3 import Node
 
 from extproc.config import Config
 from extproc.envoy_config.addresses import socket_address
@@ -23,9 +21,10 @@ from extproc.envoy_config.clusters import clusters
 from extproc.envoy_config.listeners import prefill_listener, public_listener, route_listener
 from extproc.envoy_config.overload import overload_manager
 from extproc.envoy_config.service_tls import secret_files
+from extproc.envoy_config.snippets import Variables, internal_listeners, list_of_snippets, snippet_text
 from extproc.errors import ConfigError
 
-__all__ = ["bootstrap", "from_yaml", "secret_files", "to_yaml"]
+__all__ = ["Variables", "bootstrap", "from_yaml", "list_of_snippets", "secret_files", "snippet_text", "to_yaml"]
 
 NODE = "extproc"
 
@@ -51,9 +50,7 @@ def bootstrap(
         # Whoever looks after Envoy has to reach it when clients have taken all connections.
         admin=Admin(address=socket_address(admin, "admin"), ignore_global_conn_limit=True) if admin else None,
         overload_manager=overload_manager(config),
-        bootstrap_extensions=[
-            TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=Any.pack(InternalListener()))
-        ],
+        bootstrap_extensions=[internal_listeners()],
         static_resources=BootstrapStaticResources(
             listeners=[
                 public_listener(config, access_log=access_log),

@@ -1,5 +1,6 @@
 """The clusters: two internal hops, the two engine roles, the service."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import PurePosixPath
 
@@ -11,6 +12,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
     ClusterDnsLookupFamily,
     ClusterLbPolicy,
     ClusterOriginalDstLbConfig,
+    OutlierDetection,
     UpstreamConnectionOptions,
 )
 from envoy_data_plane.envoy.config.core.v3 import (
@@ -26,12 +28,13 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOpti
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
 from envoy_data_plane.google.protobuf import Any
 
-from extproc.config import Config
+from extproc.config import Config, target_of
 from extproc.envoy_config.addresses import default_target, target_address, target_host
 from extproc.envoy_config.names import (
     DECODE_CLUSTER,
     PREFILL_CLUSTER,
     PREFILL_LISTENER,
+    PROCESS_CLUSTER,
     ROUTE_LISTENER,
     SERVICE_CLUSTER,
 )
@@ -65,7 +68,7 @@ def clusters(config: Config, *, grpc_target: str | None = None, secrets: PurePos
         _internal_cluster(PREFILL_LISTENER),
         _engine_cluster(DECODE_CLUSTER, DECODE_ENDPOINT),
         _engine_cluster(PREFILL_CLUSTER, PREFILL_ENDPOINT),
-        _service_cluster(config, grpc_target or default_target(config), secrets),
+        *_service_clusters(config, grpc_target or default_target(config), secrets),
     ]
 
 
@@ -76,9 +79,9 @@ def _internal_cluster(listener: str) -> Cluster:
     return Cluster(
         name=listener,
         type=ClusterDiscoveryType.STATIC,
-        circuit_breakers=_no_circuit_breaker(),
+        circuit_breakers=no_circuit_breaker(),
         typed_extension_protocol_options=_http1_upstream(),
-        load_assignment=_one_endpoint(listener, address),
+        load_assignment=_endpoints(listener, address),
     )
 
 
@@ -91,40 +94,66 @@ def _engine_cluster(name: str, header: str) -> Cluster:
         original_dst_lb_config=ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header),
         connect_timeout=timedelta(seconds=ENGINE_CONNECT_TIMEOUT_S),
         cleanup_interval=timedelta(seconds=ORIGINAL_DST_CLEANUP_S),
-        circuit_breakers=_no_circuit_breaker(),
+        circuit_breakers=no_circuit_breaker(),
         upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
         typed_extension_protocol_options=_http1_upstream(idle_timeout=timedelta(seconds=ENGINE_IDLE_TIMEOUT_S)),
     )
 
 
-def _service_cluster(config: Config, target: str, secrets: PurePosixPath | None) -> Cluster:
+def _service_clusters(config: Config, target: str, secrets: PurePosixPath | None) -> list[Cluster]:
+    """One for route legs, with each process of the service in turn; of several, each has one for its prefill legs."""
+    targets = [target_of(target, process, config.processes) for process in range(config.processes)]
+    of_processes = {PROCESS_CLUSTER.format(number): [one] for number, one in enumerate(targets)} if targets[1:] else {}
+    named = {SERVICE_CLUSTER: targets} | of_processes
+    return [_service_cluster(config, name, those, secrets) for name, those in named.items()]
+
+
+def _service_cluster(config: Config, name: str, targets: Sequence[str], secrets: PurePosixPath | None) -> Cluster:
     """No active health check: a refused connection fails open at once, and a check that a busy service answers late
     would turn every request away."""
-    address, by_name = target_address(target)
+    target, (_, by_name) = targets[0], target_address(targets[0])
     return Cluster(
-        name=SERVICE_CLUSTER,
+        name=name,
         type=ClusterDiscoveryType.STRICT_DNS if by_name else ClusterDiscoveryType.STATIC,
         dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED if by_name else ClusterDnsLookupFamily.AUTO,
         connect_timeout=timedelta(seconds=SERVICE_CONNECT_TIMEOUT_S),
-        circuit_breakers=_no_circuit_breaker(),
+        circuit_breakers=no_circuit_breaker(),
         upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
         transport_socket=transport_socket(config, target_host(target), secrets) if uses_tls(config, target) else None,
-        typed_extension_protocol_options=_upstream_protocol(
+        typed_extension_protocol_options=upstream_protocol(
             HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
         ),
-        load_assignment=_one_endpoint(SERVICE_CLUSTER, address),
+        outlier_detection=_without_dead_processes() if len(targets) > 1 else None,
+        load_assignment=_endpoints(name, *(target_address(one)[0] for one in targets)),
+    )
+
+
+def _without_dead_processes() -> OutlierDetection:
+    """A process that cannot be connected to is passed over for a second; so is one that fails five streams in a row
+    (Envoy's default), which only a bug does."""
+    return OutlierDetection(
+        split_external_local_origin_errors=True,
+        consecutive_local_origin_failure=1,
+        enforcing_consecutive_local_origin_failure=100,
+        enforcing_local_origin_success_rate=0,
+        enforcing_success_rate=0,
+        interval=timedelta(seconds=1),
+        base_ejection_time=timedelta(seconds=1),
+        max_ejection_time=timedelta(seconds=1),
+        max_ejection_percent=50,
     )
 
 
 def _http1_upstream(idle_timeout: timedelta | None = None) -> dict[str, Any]:
-    return _upstream_protocol(
+    return upstream_protocol(
         HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()), idle_timeout
     )
 
 
-def _upstream_protocol(
+def upstream_protocol(
     protocol: HttpProtocolOptionsExplicitHttpConfig, idle_timeout: timedelta | None = None
 ) -> dict[str, Any]:
+    """A cluster's `typed_extension_protocol_options`."""
     options = UpstreamHttpProtocolOptions(
         explicit_http_config=protocol,
         common_http_protocol_options=HttpProtocolOptions(idle_timeout=idle_timeout) if idle_timeout else None,
@@ -132,7 +161,8 @@ def _upstream_protocol(
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(options)}
 
 
-def _no_circuit_breaker() -> CircuitBreakers:
+def no_circuit_breaker() -> CircuitBreakers:
+    """Thresholds that are never reached."""
     return CircuitBreakers(
         thresholds=[
             CircuitBreakersThresholds(
@@ -142,8 +172,6 @@ def _no_circuit_breaker() -> CircuitBreakers:
     )
 
 
-def _one_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
-    return ClusterLoadAssignment(
-        cluster_name=cluster,
-        endpoints=[LocalityLbEndpoints(lb_endpoints=[LbEndpoint(endpoint=Endpoint(address=address))])],
-    )
+def _endpoints(cluster: str, *addresses: Address) -> ClusterLoadAssignment:
+    endpoints = [LbEndpoint(endpoint=Endpoint(address=address)) for address in addresses]
+    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)])

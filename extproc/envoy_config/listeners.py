@@ -2,13 +2,11 @@
 
 from datetime import timedelta
 
-from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
 from envoy_data_plane.envoy.config.core.v3 import (
     Http2ProtocolOptions,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
     TrafficDirection,
-    TypedExtensionConfig,
 )
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
 from envoy_data_plane.envoy.config.route.v3 import (
@@ -28,10 +26,6 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpConnectionManagerServerHeaderTransformation,
     HttpFilter,
 )
-from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
-    HeaderMutation as EarlyHeaderMutation,
-)
-from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from extproc.config import MIB, Config
@@ -39,11 +33,10 @@ from extproc.envoy_config.addresses import bracketed, socket_address
 from extproc.envoy_config.names import PREFILL_LISTENER, PUBLIC, ROUTE_LISTENER
 from extproc.envoy_config.replies import access_log_of, broken_requests, json_local_replies
 from extproc.envoy_config.routing import pd_routes, prefill_filter, prefill_routes, route_filter
+from extproc.envoy_config.stripping import strip_between_listeners, strip_from_clients
 from extproc.errors import ConfigError
-from extproc.mutation import RESERVED_NAMES, RESERVED_PREFIXES, RETRY
+from extproc.mutation import RETRY
 
-STRIPPED_PREFIXES = (*RESERVED_PREFIXES, "x-envoy-")
-"""Headers no client may set: what steers us or an engine, and Envoy's own knobs (timeouts, retries)."""
 BODY_SLACK_BYTES = MIB
 """Room above the largest client body for what the service splices in: about 200 bytes, and 20 per room of a batch."""
 MAX_BUFFER_BYTES = 2**31 - 1
@@ -105,36 +98,10 @@ def public_listener(config: Config, *, access_log: str | None = None) -> Listene
         delayed_close_timeout=PUBLIC_DELAYED_CLOSE,
         # A prompt may wait in an engine's queue for as long as the whole request may take.
         stream_idle_timeout=timeout,
-        early_header_mutation_extensions=[
-            TypedExtensionConfig(
-                name="envoy.http.early_header_mutation.header_mutation",
-                typed_config=Any.pack(EarlyHeaderMutation(mutations=_strip_client_headers())),
-            )
-        ],
+        early_header_mutation_extensions=[strip_from_clients()],
         local_reply_config=json_local_replies(config),
         http_filters=[_router_filter()],
-        route_config=RouteConfiguration(
-            name=PUBLIC,
-            virtual_hosts=[
-                VirtualHost(
-                    name=PUBLIC,
-                    domains=["*"],
-                    include_request_attempt_count=True,
-                    response_headers_to_remove=[RETRY],
-                    # What a retry can send again. Not the connection's limit: that would also let each slow reader of a
-                    # stream hold as much, and over HTTP/2 the flow-control window is the limit that counts instead.
-                    request_body_buffer_limit=buffer_limit_bytes(config),
-                    routes=[
-                        Route(
-                            match=RouteMatch(prefix="/"),
-                            route=RouteAction(
-                                cluster=ROUTE_LISTENER, timeout=timeout, retry_policy=_pair_retry(config)
-                            ),
-                        )
-                    ],
-                )
-            ],
-        ),
+        route_config=RouteConfiguration(name=PUBLIC, virtual_hosts=[pd_virtual_host(config, PUBLIC)]),
     )
     return Listener(
         name=PUBLIC,
@@ -142,6 +109,37 @@ def public_listener(config: Config, *, access_log: str | None = None) -> Listene
         address=socket_address(f"{bracketed(config.host)}:{config.port}", "host"),
         filter_chains=[_http_chain(manager)],
     )
+
+
+def pd_virtual_host(config: Config, name: str, domain: str = "*") -> VirtualHost:
+    """Every request of a domain through `il_pd`."""
+    return VirtualHost(
+        name=name,
+        domains=[domain],
+        include_request_attempt_count=True,
+        response_headers_to_remove=[RETRY],
+        # What a retry can send again. Not the connection's limit: that would also let each slow reader of a
+        # stream hold as much, and over HTTP/2 the flow-control window is the limit that counts instead.
+        request_body_buffer_limit=buffer_limit_bytes(config),
+        routes=[Route(match=RouteMatch(prefix="/"), route=_to_a_pair(config))],
+    )
+
+
+def pd_route(config: Config, prefix: str) -> Route:
+    """The same for some paths of a virtual host, which should count attempts (`include_request_attempt_count`)."""
+    return Route(
+        name="pd",
+        match=RouteMatch(prefix=prefix),
+        response_headers_to_remove=[RETRY],
+        request_body_buffer_limit=buffer_limit_bytes(config),
+        route=_to_a_pair(config),
+    )
+
+
+def _to_a_pair(config: Config) -> RouteAction:
+    """All attempts together have this long; a route's `idle_timeout` wins over its listener's `stream_idle_timeout`."""
+    timeout = timedelta(seconds=config.request_timeout_secs)
+    return RouteAction(cluster=ROUTE_LISTENER, timeout=timeout, idle_timeout=timeout, retry_policy=_pair_retry(config))
 
 
 def route_listener(config: Config, *, access_log: str | None = None) -> Listener:
@@ -154,12 +152,13 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
             stat_prefix=ROUTE_LISTENER,
             max_request_headers_kb=MAX_INTERNAL_HEADERS_KIB,
             common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_INTERNAL_HEADERS),
-            access_log=[*access_log_of(access_log, ROUTE_LISTENER), broken_requests()],
+            access_log=[*access_log_of(access_log, ROUTE_LISTENER), *broken_requests(config)],
             # The public listener's timers watch the request; a second set could only disagree with them.
             stream_idle_timeout=timedelta(0),
             delayed_close_timeout=DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
             preserve_external_request_id=True,
+            early_header_mutation_extensions=[strip_between_listeners()],
             local_reply_config=json_local_replies(config, mark_retry=True),
             http_filters=[route_filter(config), _router_filter()],
             route_config=RouteConfiguration(
@@ -234,12 +233,3 @@ def _pair_retry(config: Config) -> RetryPolicy:
         num_retries=config.retry_max_retries,
         retry_back_off=RETRY_BACK_OFF,
     )
-
-
-def _strip_client_headers() -> list[HeaderMutation]:
-    # Envoy has made names lower case by then.
-    by_prefix = [
-        HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
-        for prefix in STRIPPED_PREFIXES
-    ]
-    return [*by_prefix, *(HeaderMutation(remove=name) for name in sorted(RESERVED_NAMES))]

@@ -15,7 +15,6 @@ from envoy_data_plane.envoy.config.overload.v3 import (
     OverloadManager,
     ResourceMonitor,
     ScaledTrigger,
-    ShrinkHeapConfig,
     ThresholdTrigger,
     Trigger,
 )
@@ -39,10 +38,6 @@ RESET_FROM, RESET_ALL = 0.9, 1.0
 only when refusing new requests has not helped."""
 TRACKED_STREAM_POWER_OF_TWO = 20
 """Streams that hold 1 MiB or more may be reset."""
-SHRINK_INTERVAL_S = 1
-SHRINK_TO_FREE_BYTES = 64 << 20
-"""What is free beyond that is offered to the system; Envoy's defaults are 10 s and 100 MB. tcmalloc still keeps some:
-after a peak of 600 MB, 340 MB stayed resident, to be used again."""
 
 
 def overload_manager(config: Config) -> OverloadManager:
@@ -65,12 +60,7 @@ def overload_manager(config: Config) -> OverloadManager:
             OverloadAction(
                 name="envoy.overload_actions.shrink_heap",
                 triggers=[Trigger(name=HEAP, threshold=ThresholdTrigger(value=0.0))],  # always
-                typed_config=Any.pack(
-                    ShrinkHeapConfig(
-                        timer_interval=timedelta(seconds=SHRINK_INTERVAL_S),
-                        max_unfreed_memory_bytes=SHRINK_TO_FREE_BYTES,
-                    )
-                ),
+                # Every 10 s, beyond 100 MB. Envoy 1.36 knows no `ShrinkHeapConfig`, and does not start with one.
             ),
             # A growing share of new requests: 503.
             OverloadAction(name="envoy.overload_actions.stop_accepting_requests", triggers=[shed]),

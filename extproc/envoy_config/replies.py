@@ -2,7 +2,14 @@
 
 from typing import Any as Json
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, ExtensionFilter, ResponseFlagFilter
+from envoy_data_plane.envoy.config.accesslog.v3 import (
+    AccessLog,
+    AccessLogFilter,
+    AndFilter,
+    ExtensionFilter,
+    HeaderFilter,
+    ResponseFlagFilter,
+)
 from envoy_data_plane.envoy.config.core.v3 import (
     ApiVersion,
     DataSource,
@@ -12,6 +19,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HeaderValueOption,
     SubstitutionFormatString,
 )
+from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher
 from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
 from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
 from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
@@ -22,11 +30,12 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     LocalReplyConfig,
     ResponseMapper,
 )
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any, Struct
 
 from extproc.config import Config
-from extproc.envoy_config.names import ROUTE_LISTENER, SERVICE_CLUSTER
-from extproc.mutation import DECODE_ENDPOINT, MODE, PREFILL_ENDPOINT, RETRY, ROOM
+from extproc.envoy_config.names import PROCESS_CLUSTER, ROUTE_LISTENER, SERVICE_CLUSTER
+from extproc.mutation import DECODE_ENDPOINT, DECODE_RANK, MODE, PREFILL_ENDPOINT, PREFILL_RANK, PROCESS, RETRY, ROOM
 
 BROKEN = "(response.code == 502 || response.code == 503)"
 """What Envoy answers for a worker that refused or reset (503), or closed the connection in mid-answer (502)."""
@@ -82,7 +91,10 @@ def _json_error_when(
 
 
 def access_log_of(path: str | None, listener: str) -> list[AccessLog]:
-    """One JSON line per request into a file; nothing without a path."""
+    """One JSON line per request into a file; nothing without a path.
+
+    A request has a line of each listener it went by: `public` (the client's view), `il_pd` for each attempt with one
+    pair, `il_p` for that attempt's prefill leg. `request_id` joins them. What is not known at a listener is null."""
     if path is None:
         return []
     fields: dict[str, Json] = {
@@ -95,6 +107,9 @@ def access_log_of(path: str | None, listener: str) -> list[AccessLog]:
         "status": "%RESPONSE_CODE%",
         "flags": "%RESPONSE_FLAGS%",
         "details": "%RESPONSE_CODE_DETAILS%",
+        # Which leg failed, when the attempt may be retried: prefill, decode, or envoy (it did not reach decode).
+        "retry": f"%RESP({RETRY})%",
+        "upstream_failure": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
         "duration_ms": "%DURATION%",
         "first_byte_ms": "%RESPONSE_DURATION%",
         "received_bytes": "%BYTES_RECEIVED%",
@@ -102,22 +117,46 @@ def access_log_of(path: str | None, listener: str) -> list[AccessLog]:
         "mode": f"%REQ({MODE})%",
         "room": f"%REQ({ROOM})%",
         "prefill": f"%REQ({PREFILL_ENDPOINT})%",
+        "prefill_rank": f"%REQ({PREFILL_RANK})%",
         "decode": f"%REQ({DECODE_ENDPOINT})%",
+        "decode_rank": f"%REQ({DECODE_RANK})%",
     }
     file = FileAccessLog(path=path, log_format=SubstitutionFormatString(json_format=_struct(fields)))
     return [AccessLog(name="envoy.access_loggers.file", typed_config=Any.pack(file))]
 
 
-def broken_requests() -> AccessLog:
-    """Tells the service which requests broke off, and by whom: the ends of ext_proc streams do not."""
+def broken_requests(config: Config) -> list[AccessLog]:
+    """Tells the service which requests broke off, and by whom: the ends of ext_proc streams do not. Of several
+    processes, each hears of what it has placed."""
+    if config.processes == 1:
+        return [_broken_requests(SERVICE_CLUSTER, HeaderMatcher(name=ROOM, present_match=True))]
+    return [
+        _broken_requests(
+            PROCESS_CLUSTER.format(process),
+            HeaderMatcher(name=PROCESS, string_match=StringMatcher(exact=str(process))),
+        )
+        for process in range(config.processes)
+    ]
+
+
+def _broken_requests(cluster: str, placed: HeaderMatcher) -> AccessLog:
     return AccessLog(
         name="envoy.access_loggers.http_grpc",
-        filter=AccessLogFilter(response_flag_filter=ResponseFlagFilter()),  # any flag; normal ends cost nothing
+        # Any flag, as normal ends cost nothing then; and only what the service has placed, which matters in a listener
+        # that has other requests, too.
+        filter=AccessLogFilter(
+            and_filter=AndFilter(
+                filters=[
+                    AccessLogFilter(response_flag_filter=ResponseFlagFilter()),
+                    AccessLogFilter(header_filter=HeaderFilter(header=placed)),
+                ]
+            )
+        ),
         typed_config=Any.pack(
             HttpGrpcAccessLogConfig(
                 common_config=CommonGrpcAccessLogConfig(
                     log_name=ROUTE_LISTENER,
-                    grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER)),
+                    grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster)),
                     transport_api_version=ApiVersion.V3,
                     buffer_size_bytes=0,  # each at once
                 ),

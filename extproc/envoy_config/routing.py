@@ -10,6 +10,8 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HeaderValue,
     HeaderValueOption,
     HeaderValueOptionHeaderAppendAction,
+    RetryPolicy,
+    RetryPolicyRetryHostPredicate,
 )
 from envoy_data_plane.envoy.config.route.v3 import (
     DirectResponseAction,
@@ -21,12 +23,16 @@ from envoy_data_plane.envoy.config.route.v3 import (
 )
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
+    ExtProcOverrides,
+    ExtProcPerRoute,
+    HeaderForwardingRules,
     ProcessingMode,
     ProcessingModeBodySendMode,
     ProcessingModeHeaderSendMode,
 )
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
-from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
+from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from extproc.config import Config
@@ -38,11 +44,12 @@ from extproc.envoy_config.names import (
     MODE_PREFILL,
     PREFILL_CLUSTER,
     PREFILL_LISTENER,
+    PROCESS_CLUSTER,
     SERVICE_CLUSTER,
 )
 from extproc.events import Leg
-from extproc.exchange import EXTENSION_S
-from extproc.mutation import MODE
+from extproc.exchange import EXTENSION_S, READ_HEADERS
+from extproc.mutation import MODE, PROCESS, RESERVED_NAMES, RESERVED_PREFIXES
 
 MESSAGE_TIMEOUT_S = 10
 """How long ext_proc waits for one answer; then the request goes on unmarked and gets a 503. Envoy's default of 200 ms
@@ -56,7 +63,12 @@ def route_filter(config: Config) -> HttpFilter:
     """The ext_proc filter of `il_pd`: reads the whole request, then only response headers and the end."""
     # Headers that decode sends before prefill is done wait for prefill; the service asks for that much time.
     longest = timedelta(seconds=config.prefill_timeout_secs + EXTENSION_S)
-    return _ext_proc_filter(Leg.ROUTE, request_body=ProcessingModeBodySendMode.BUFFERED, max_message_timeout=longest)
+    return _ext_proc_filter(
+        Leg.ROUTE,
+        request_body=ProcessingModeBodySendMode.BUFFERED,
+        max_message_timeout=longest,
+        retry_policy=_another_process(config.processes - 1) if config.processes > 1 else None,
+    )
 
 
 def prefill_filter() -> HttpFilter:
@@ -65,16 +77,17 @@ def prefill_filter() -> HttpFilter:
 
 
 def _ext_proc_filter(
-    leg: Leg, *, request_body: ProcessingModeBodySendMode, max_message_timeout: timedelta | None = None
+    leg: Leg,
+    *,
+    request_body: ProcessingModeBodySendMode,
+    max_message_timeout: timedelta | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> HttpFilter:
     return HttpFilter(
         name=f"extproc.{leg}",
         typed_config=Any.pack(
             ExternalProcessor(
-                grpc_service=GrpcService(
-                    envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER),
-                    initial_metadata=[HeaderValue(key=LEG_METADATA, value=leg.value)],
-                ),
+                grpc_service=_service(leg, SERVICE_CLUSTER, retry_policy),
                 stat_prefix=leg.value,
                 processing_mode=ProcessingMode(
                     request_header_mode=ProcessingModeHeaderSendMode.SEND,
@@ -91,8 +104,40 @@ def _ext_proc_filter(
                 failure_mode_allow=True,
                 message_timeout=timedelta(seconds=MESSAGE_TIMEOUT_S),
                 max_message_timeout=max_message_timeout,
+                forward_rules=HeaderForwardingRules(allowed_headers=_read_headers()),
             )
         ),
+    )
+
+
+def _service(leg: Leg, cluster: str, retry_policy: RetryPolicy | None = None) -> GrpcService:
+    return GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster),
+        initial_metadata=[HeaderValue(key=LEG_METADATA, value=leg.value)],
+        retry_policy=retry_policy,
+    )
+
+
+def _another_process(others: int) -> RetryPolicy:
+    """Of a stream that got no answer at all: its process is not there, or died. Nothing was placed then."""
+    previous_hosts = RetryPolicyRetryHostPredicate(
+        name="envoy.retry_host_predicates.previous_hosts", typed_config=Any.pack(PreviousHostsPredicate())
+    )
+    return RetryPolicy(
+        retry_on="connect-failure,refused-stream,reset",
+        num_retries=others,
+        retry_host_predicate=[previous_hosts],
+        host_selection_retry_max_attempts=3,
+    )
+
+
+def _read_headers() -> ListStringMatcher:
+    names = (*READ_HEADERS, *sorted(RESERVED_NAMES))
+    return ListStringMatcher(
+        patterns=[
+            *(StringMatcher(exact=name) for name in names),
+            *(StringMatcher(prefix=prefix) for prefix in RESERVED_PREFIXES),
+        ]
     )
 
 
@@ -122,8 +167,8 @@ def pd_routes() -> list[Route]:
             match=RouteMatch(prefix="/"),
             direct_response=_json_reply(503, NOBODY_SCHEDULES, "service_unavailable"),
             response_headers_to_add=[
-                _set_header("content-type", "application/json"),
-                _set_header("retry-after", str(RETRY_AFTER_S)),
+                set_header("content-type", "application/json"),
+                set_header("retry-after", str(RETRY_AFTER_S)),
             ],
         ),
     ]
@@ -131,7 +176,10 @@ def pd_routes() -> list[Route]:
 
 def prefill_routes(config: Config) -> list[Route]:
     """Only what the service answered on this leg goes to a prefill engine. The mirror comes marked for `il_pd`, with
-    decode's body: should the service fail just now, that body must not reach prefill."""
+    decode's body: should the service fail just now, that body must not reach prefill.
+
+    Of several processes of the service, the one that has placed the request is asked: that is what the routes between
+    are for, the first match being of the time before the answer."""
     return [
         Route(
             name="prefill",
@@ -143,6 +191,7 @@ def prefill_routes(config: Config) -> list[Route]:
                 idle_timeout=timedelta(seconds=config.prefill_timeout_secs),
             ),
         ),
+        *(_unscheduled_of(process) for process in range(config.processes) if config.processes > 1),
         Route(
             name="unscheduled",
             match=RouteMatch(prefix="/"),
@@ -151,8 +200,22 @@ def prefill_routes(config: Config) -> list[Route]:
     ]
 
 
+def _unscheduled_of(process: int) -> Route:
+    overrides = ExtProcOverrides(grpc_service=_service(Leg.PREFILL, PROCESS_CLUSTER.format(process)))
+    return Route(
+        name=f"process_{process}",
+        match=RouteMatch(prefix="/", headers=[_exactly(PROCESS, str(process))]),
+        direct_response=_json_reply(503, NOBODY_SCHEDULES, "service_unavailable"),
+        typed_per_filter_config={prefill_filter().name: Any.pack(ExtProcPerRoute(overrides=overrides))},
+    )
+
+
 def _when_mode(mode: str) -> RouteMatch:
-    return RouteMatch(prefix="/", headers=[HeaderMatcher(name=MODE, string_match=StringMatcher(exact=mode))])
+    return RouteMatch(prefix="/", headers=[_exactly(MODE, mode)])
+
+
+def _exactly(name: str, value: str) -> HeaderMatcher:
+    return HeaderMatcher(name=name, string_match=StringMatcher(exact=value))
 
 
 def _json_reply(status: int, message: str, kind: str) -> DirectResponseAction:
@@ -161,7 +224,8 @@ def _json_reply(status: int, message: str, kind: str) -> DirectResponseAction:
     return DirectResponseAction(status=status, body=DataSource(inline_string=json.dumps({"error": error})))
 
 
-def _set_header(name: str, value: str) -> HeaderValueOption:
+def set_header(name: str, value: str) -> HeaderValueOption:
+    """A header with this value alone."""
     return HeaderValueOption(
         header=HeaderValue(key=name, value=value),
         append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,

@@ -122,10 +122,12 @@ class Stream:
     __slots__ = (
         "_answered",
         "_connection",
+        "_granted",
         "_held",
         "_partial",
         "_timer",
         "_uncredited",
+        "_wanted",
         "id",
         "open",
         "request",
@@ -144,6 +146,10 @@ class Stream:
         self._partial: bytearray | None = None
         """Received bytes of a message that is not complete."""
         self._uncredited = 0
+        self._wanted = 0
+        """Bytes of the message that is coming in; 0 when none is."""
+        self._granted = 0
+        """Bytes that are set aside for it."""
         self._held = 0
         self._timer: Timer | None = None
 
@@ -234,6 +240,13 @@ class GrpcConnection:
         self._max_buffered_bytes = max_buffered_bytes
         self._buffered = 0
         self._credit_step = limits.stream_window_bytes >> 1
+        # The other half is for what the windows of all streams let in without asking.
+        self._max_granted = max(max_buffered_bytes >> 1, max_message_bytes)
+        self._granted = 0
+        self._waiting: dict[Stream, None] = {}
+        """Streams with a large message, in the order they came; they get no more window until there is room."""
+        self._taking: set[Stream] = set()
+        """Streams whose large message was answered at length: its room is free when the client has taken that."""
         self._call_later = call_later
         self._streams: dict[int, Stream] = {}
         self._lost: list[Stream] = []
@@ -282,7 +295,7 @@ class GrpcConnection:
         if self._lost:
             self._tell_lost()
         data = self.http2.data_to_send()
-        if self._watched:
+        if self._watched or self._taking:
             self._tell_taken()
         return data
 
@@ -297,6 +310,10 @@ class GrpcConnection:
         if stream._partial is not None:
             self._buffered -= len(stream._partial)
             stream._partial = None
+        if stream._wanted or stream._granted:
+            self._waiting.pop(stream, None)
+            self._taking.discard(stream)
+            self._free(stream)
         if stream._timer is not None:
             stream._timer.cancel()
 
@@ -314,11 +331,37 @@ class GrpcConnection:
 
     def credit(self, stream: Stream) -> bool:
         """Let the client send as much as is not held any more, once it is worth a frame. Whether it was."""
-        if stream._uncredited < self._credit_step:
+        if stream._uncredited < self._credit_step or not self._grant(stream):
             return False
         self.http2.credit(stream.id, stream._uncredited)
         stream._uncredited = 0
         return True
+
+    def _grant(self, stream: Stream) -> bool:
+        """Whether a stream may get on with its message: small, or there is room for all of it.
+
+        Large messages come in one after another when there is no room for all: else each would hold a part of it.
+        """
+        wanted = stream._wanted
+        if stream._granted or wanted <= 2 * self._credit_step:
+            return True
+        if self._granted + wanted > self._max_granted:
+            self._waiting[stream] = None
+            return False
+        stream._granted = wanted
+        self._granted += wanted
+        return True
+
+    def _free(self, stream: Stream) -> None:
+        """Give the room of a message back, to whoever waits."""
+        self._granted -= stream._granted
+        stream._granted = stream._wanted = 0
+        for waiting in list(self._waiting):
+            del self._waiting[waiting]
+            if not self.credit(waiting):
+                return
+        if not self.receiving:
+            self.wake()
 
     def watch(self, stream: Stream, tell: Callable[[], object]) -> None:
         """See `Stream.when_taken`."""
@@ -392,6 +435,7 @@ class GrpcConnection:
             start = offset + PREFIX_BYTES
             offset = start + message_bytes
             if offset > len(partial):
+                stream._wanted = message_bytes
                 offset = start - PREFIX_BYTES
                 break
             message = bytes(memoryview(partial)[start:offset])
@@ -401,6 +445,9 @@ class GrpcConnection:
                 self._bug(stream)
         if stream.open:
             self._buffered -= offset
+            if offset and stream._granted:
+                self._taking.add(stream)
+                self._tell_taken()
             if offset == len(partial):
                 stream._partial = None
             elif offset:
@@ -440,6 +487,9 @@ class GrpcConnection:
             self._tell(stream)
 
     def _tell_taken(self) -> None:
+        for stream in [s for s in self._taking if s.queued_bytes <= LOW_WATER_BYTES]:
+            self._taking.discard(stream)
+            self._free(stream)
         for stream in [s for s in self._watched if not s.open or s.queued_bytes <= LOW_WATER_BYTES]:
             self._watched.pop(stream)()
 

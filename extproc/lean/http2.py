@@ -91,7 +91,7 @@ class Limits:
 
     max_streams: int = 4096
     """Open at once (SETTINGS_MAX_CONCURRENT_STREAMS); Envoy opens a further connection beyond that."""
-    stream_window_bytes: int = 1 << 20
+    stream_window_bytes: int = 1 << 18
     """Received on a stream and not yet credited. Not below 65,535, so that it holds before the peer knows of it."""
     connection_window_bytes: int = 1 << 24
     """Credited as it comes: memory is bounded by stream. Of a size that it never slows anything."""

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-HEADERS_KEPT = ("host", "content-type", "content-length", "user-agent", "x-request-id", "x-data-parallel-rank", "via")
+HEADERS_KEPT = (
+    *("host", "content-type", "content-length", "user-agent", "via"),
+    *("x-request-id", "x-data-parallel-rank", "traceparent", "tracestate"),
+)
 """Besides every `x-…` header."""
 
 

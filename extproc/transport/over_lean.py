@@ -46,7 +46,11 @@ class LeanTransport:
         if target.startswith("unix:"):
             listener = socket.socket(socket.AF_UNIX)
             path = Path(target.removeprefix("unix:"))
-            self._bound.enter_context(unix_socket.bound(path, lambda: listener.bind(str(path))))
+            try:
+                self._bound.enter_context(unix_socket.bound(path, lambda: listener.bind(str(path))))
+            except ConfigError:
+                listener.close()
+                raise
             listener.listen(BACKLOG)
             await self._server.listen_on(listener)
             return target

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as pb2_grpc
 from google.protobuf.message import Message
 
 from extproc.config import Config
+from extproc.demo.stack import free_port
 from extproc.envoy_config import bootstrap, to_yaml
 from extproc.envoy_process import EnvoyProcess
 
@@ -395,10 +395,3 @@ async def bench(*, http2: bool = False, **settings) -> AsyncIterator[Bench]:
         finally:
             relay.cut()
             await server.stop(0)
-
-
-def free_port() -> int:
-    """A port that was free a moment ago (Envoy tells the admin port it chose, but not a listener's)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -33,6 +33,8 @@ from envoy_stub import (
 )
 
 from extproc.envoy_process import EnvoyProcess
+from extproc.exchange import READ_HEADERS
+from extproc.request import ROUTING_KEY
 
 pytestmark = pytest.mark.envoy
 
@@ -151,12 +153,16 @@ FORBIDDEN = {
 def test_headers_that_steer_are_stripped_from_clients(http2: bool) -> None:
     async def scenario() -> None:
         async with bench(http2=http2) as b:
-            response = await b.post(headers={**FORBIDDEN, "x-mine": "stays"})
+            secret = {"authorization": "Bearer secret", "cookie": "secret"}
+            response = await b.post(headers={**FORBIDDEN, **secret, "x-mine": "stays"})
             assert response.status_code == 200
             assert response.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
             seen = b.service.of("route")[0].headers
-            assert seen["x-mine"] == "stays"
             assert not {name.lower() for name in FORBIDDEN} & set(seen)
+            # Of the rest it is told what it looks at; the engine gets all.
+            assert set(seen) <= {*READ_HEADERS, ROUTING_KEY}
+            got = b.decode.calls[0].request.headers
+            assert [got.get(name) for name in ("x-mine", *secret)] == ["stays", *secret.values()]
             assert seen["x-envoy-attempt-count"] == "1"
 
     run(scenario())
@@ -618,9 +624,9 @@ async def count(envoy: EnvoyProcess, stat: str) -> int:
 def test_connections_to_engines_are_reused() -> None:
     async def scenario() -> None:
         async with bench() as b:
-            for _ in range(5):
+            for number in range(5):
                 assert (await b.post()).status_code == 200
-                await soon(b.service.of("prefill")[-1].ended)
+                await soon((await b.service.stream("prefill", number)).ended)
             for engine in (b.prefill, b.decode):
                 assert len(ports(engine)) == 1
 

@@ -1,131 +1,95 @@
-"""The committed `envoy/`: the same as what the generator gives, and usable as it says."""
+"""The committed `envoy/`: the same as what is printed, and accepted by Envoy."""
 
 import asyncio
+import re
 from pathlib import Path
-from typing import Any as Json
 
 import pytest
-import yaml
-from betterproto2 import Message
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster
-from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
-from envoy_data_plane.envoy.config.listener.v3 import Listener
-from envoy_data_plane.envoy.config.route.v3 import Route, VirtualHost
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from update_snippets import files
 
+from extproc.cli.main import main
 from extproc.config import Config
 from extproc.envoy_config import bootstrap, from_yaml, to_yaml
+from extproc.envoy_config.comments import COMMENTS
+from extproc.envoy_config.snippets import SNIPPETS
 from extproc.envoy_process import validate
 
 ENVOY = Path(__file__).parents[2] / "envoy"
 SETTINGS = Config(port=8080)
 """The settings that `envoy.yaml` states at its top."""
 ADMIN = "127.0.0.1:9901"
-
-
-def snippet(name: str) -> list[Json]:
-    return yaml.safe_load((ENVOY / "filters" / f"{name}.yaml").read_text())
-
-
-def generated() -> Json:
-    return yaml.safe_load(to_yaml(bootstrap(SETTINGS, admin=ADMIN)))
-
-
-def listener(name: str) -> Json:
-    return next(part for part in generated()["static_resources"]["listeners"] if part["name"] == name)
-
-
-def manager(name: str) -> Json:
-    return listener(name)["filter_chains"][0]["filters"][0]["typed_config"]
-
-
-def host(name: str) -> Json:
-    return manager(name)["route_config"]["virtual_hosts"][0]
-
-
-def normal(kind: type[Message], parts: list[Json]) -> list[Json]:
-    """Different ways to write the same message become one."""
-    return [yaml.safe_load(to_yaml(kind.from_dict(part))) for part in parts]
+ATTACHED = {
+    "disabled",
+    "typed_per_filter_config",
+    "cluster_header",
+    "early_header_mutation_extensions",
+    "pd_gateway",
+    "llm",
+}
+"""What envoy.yaml has not, or not in the same words: parts for somebody else's configuration."""
 
 
 def test_envoy_yaml_is_what_is_printed_for_its_settings() -> None:
     assert to_yaml(from_yaml((ENVOY / "envoy.yaml").read_text())) == to_yaml(bootstrap(SETTINGS, admin=ADMIN))
 
 
-def test_every_snippet_is_the_generated_part() -> None:
-    static = generated()["static_resources"]
-    parts = {
-        "bootstrap_extensions": (TypedExtensionConfig, generated()["bootstrap_extensions"]),
-        "clusters": (Cluster, static["clusters"]),
-        "internal_listeners": (Listener, [listener("il_pd"), listener("il_p")]),
-        "early_header_mutation": (TypedExtensionConfig, manager("public")["early_header_mutation_extensions"]),
-        "virtual_host": (VirtualHost, [{**host("public"), "name": "pd"}]),
-        "ext_proc_route": (HttpFilter, manager("il_pd")["http_filters"][:1]),
-        "routes": (Route, host("il_pd")["routes"]),
-    }
-    assert set(parts) == {path.stem for path in (ENVOY / "filters").iterdir()}
-    for name, (kind, expected) in parts.items():
-        assert normal(kind, snippet(name)) == normal(kind, expected), name
+def test_snippets_and_examples_hold_what_is_printed() -> None:
+    """`make snippets` writes them."""
+    expected = dict(files())
+    assert {path.name for path in (ENVOY / "filters").iterdir()} == {f"{snippet.name}.yaml" for snippet in SNIPPETS}
+    for path, text in expected.items():
+        assert path.read_text() == text, f"{path.name}: run make snippets"
+        assert path.parent.name == "filters" or "# -- extproc envoy" in text
 
 
-def own_envoy() -> Json:
-    """A small Envoy as somebody may have it: a listener, a filter and a virtual host of its own."""
-    text = """
-        static_resources:
-          listeners:
-            - name: mine
-              address: {socket_address: {address: 127.0.0.1, port_value: 10000}}
-              filter_chains:
-                - filters:
-                    - name: envoy.filters.network.http_connection_manager
-                      typed_config:
-                        "@type": HTTP_CONNECTION_MANAGER
-                        stat_prefix: mine
-                        http_filters:
-                          - name: envoy.filters.http.cors
-                            typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.cors.v3.Cors}
-                          - name: envoy.filters.http.router
-                            typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
-                        route_config:
-                          virtual_hosts:
-                            - name: mine
-                              domains: [mine.example]
-                              routes: [{match: {prefix: /}, direct_response: {status: 200}}]
-          clusters:
-            - name: something_else
-              type: STATIC
-    """
-    manager_url = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
-    return yaml.safe_load(text.replace("HTTP_CONNECTION_MANAGER", f"type.googleapis.com/{manager_url}"))
+def test_snippets_say_what_envoy_yaml_says() -> None:
+    said = re.sub(r"\s*\n\s*# ", " ", (ENVOY / "envoy.yaml").read_text())
+    for path, words in COMMENTS.items():
+        if not ATTACHED & set(path):
+            assert words in said, path
 
 
-def with_the_common_snippets() -> tuple[Json, Json]:
-    """Somebody's Envoy with what is always needed pasted in, and its HttpConnectionManager."""
-    envoy = own_envoy()
-    static = envoy["static_resources"]
-    http = static["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    envoy["bootstrap_extensions"] = snippet("bootstrap_extensions")
-    static["clusters"] += snippet("clusters")
-    static["listeners"] += snippet("internal_listeners")
-    http["early_header_mutation_extensions"] = snippet("early_header_mutation")
-    return envoy, http
+def test_every_comment_has_its_place() -> None:
+    text = re.sub(r"\s*\n\s*# ", " ", "".join(path.read_text() for path in (ENVOY / "filters").iterdir()))
+    for words in filter(None, COMMENTS.values()):
+        assert words in text
+
+
+def test_snippets_are_listed_and_a_wrong_name_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["envoy", "--list-snippets"]) == 0
+    listed = capsys.readouterr().out
+    for snippet in SNIPPETS:
+        assert f"{snippet.name}\n" in listed
+    assert main(["envoy", "--snippet", "nonsense"]) == 2
+    assert "nonsense: there is none of that name, but bootstrap, clusters, listeners" in capsys.readouterr().err
+
+
+def test_a_snippet_follows_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prefill-timeout-secs", "7", "--access-log", "/dev/stdout", "--grpc-target", "unix:/run/x.sock"]
+    assert main(["envoy", "--snippet", "listeners", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "idle_timeout: 7s" in printed
+    assert "path: /dev/stdout" in printed
+    assert main(["envoy", "--snippet", "clusters", *flags]) == 0
+    assert "path: /run/x.sock" in capsys.readouterr().out
+    assert main(["envoy", "--snippet", "route", "--prefix", "/llm/"]) == 0
+    assert "prefix: /llm/" in capsys.readouterr().out
 
 
 @pytest.mark.envoy
-def test_envoy_accepts_envoy_yaml() -> None:
-    asyncio.run(validate((ENVOY / "envoy.yaml").read_text()))
+@pytest.mark.parametrize(
+    "path", [ENVOY / "envoy.yaml", *sorted((ENVOY / "examples").iterdir())], ids=lambda path: path.stem
+)
+def test_envoy_accepts(path: Path) -> None:
+    asyncio.run(validate(path.read_text()))
 
 
 @pytest.mark.envoy
-def test_envoy_accepts_the_snippets_by_way_of_il_pd() -> None:
-    envoy, http = with_the_common_snippets()
-    http["route_config"]["virtual_hosts"] += snippet("virtual_host")
-    asyncio.run(validate(yaml.safe_dump(envoy)))
-
-
-@pytest.mark.envoy
-def test_envoy_accepts_the_snippets_without_the_hop() -> None:
-    envoy, http = with_the_common_snippets()
-    http["http_filters"][-1:-1] = snippet("ext_proc_route")
-    http["route_config"]["virtual_hosts"].append({"name": "pd", "domains": ["*"], "routes": snippet("routes")})
-    asyncio.run(validate(yaml.safe_dump(envoy)))
+def test_envoy_accepts_a_route_in_somebodys_virtual_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["envoy", "--snippet", "route"]) == 0
+    _, _, route = capsys.readouterr().out.partition("\n\n")
+    text = (ENVOY / "examples" / "handwritten.yaml").read_text()
+    indent = " " * 24
+    mark = indent + "- match: {prefix: /}\n"
+    assert text.count(mark) == 1
+    asyncio.run(validate(text.replace(mark, "".join(indent + line for line in route.splitlines(True)) + mark)))

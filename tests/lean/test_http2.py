@@ -248,7 +248,7 @@ def test_greeting():
     server = Connection(lambda fields: fields, Limits(), Clock())
     (kind, flags, stream_id, payload), update = parse(server.data_to_send())
     assert (kind, flags, stream_id) == (SETTINGS, 0, 0)
-    assert dict(struct.iter_unpack(">HL", payload)) == {3: 4096, 4: 1 << 20, 5: 16384, 6: 1 << 14}
+    assert dict(struct.iter_unpack(">HL", payload)) == {3: 4096, 4: 1 << 18, 5: 16384, 6: 1 << 14}
     assert update == (WINDOW_UPDATE, 0, 0, u32((1 << 24) - 65535))
 
 

@@ -221,7 +221,7 @@ def test_a_peer_that_exceeds_a_streams_window_is_stopped():
     server = connection()
     server.receive(HELLO + headers(1))
     events = [event for _ in range(70) for event in server.receive(data(1, bytes(16384)))]
-    assert sum(event.charged_bytes for event in events if isinstance(event, DataReceived)) == 1 << 20
+    assert sum(event.charged_bytes for event in events if isinstance(event, DataReceived)) == 1 << 18
     assert [event for event in events if not isinstance(event, DataReceived)] == [
         StreamReset(1, Code.FLOW_CONTROL_ERROR, by_peer=False)
     ]

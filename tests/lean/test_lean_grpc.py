@@ -443,6 +443,59 @@ def test_a_message_larger_than_the_window_gets_through():
     assert side.grpc.buffered_bytes == 0
 
 
+@pytest.mark.parametrize("answer_bytes", [10, 300_000], ids=["short answers", "long answers"])
+@pytest.mark.parametrize("streams", [3, 20])
+def test_large_messages_take_turns_when_there_is_no_room_for_all(streams, answer_bytes):
+    """Each would else hold a part of its message, and none come to its end."""
+    window, size, room = 1 << 16, 300_000, 1 << 20
+
+    def answer(stream, event):
+        if event[0] == "message":
+            stream.write(bytes(answer_bytes))
+        elif event == "end":
+            stream.finish()
+
+    side = Side(answer, stream_window_bytes=window, max_message_bytes=size, max_buffered_bytes=2 * room)
+    ids = range(1, 2 * streams, 2)
+    side.grpc.receive(b"".join(headers(stream_id) for stream_id in ids))
+    side.grpc.receive(frame(WINDOW_UPDATE, 0, 0, u32(1 << 30)))
+    left = {stream_id: message(bytes(size)) for stream_id in ids}
+    windows = dict.fromkeys(ids, window)
+    most = 0
+    while left:
+        before = sum(map(len, left.values()))
+        for stream_id in list(left):  # the client sends on all of them at once
+            part = left[stream_id][: min(16384, windows[stream_id])]
+            if part:
+                side.grpc.receive(data(stream_id, part))
+                windows[stream_id] -= len(part)
+                left[stream_id] = left[stream_id][len(part) :]
+            most = max(most, side.grpc.buffered_bytes)
+            for kind, _, of, payload in side.sent():
+                if kind == WINDOW_UPDATE and of:
+                    windows[of] += int.from_bytes(payload, "big")
+                elif kind == DATA and len(payload) > 0:
+                    side.grpc.receive(frame(WINDOW_UPDATE, 0, of, u32(len(payload))))
+            if not left[stream_id]:
+                del left[stream_id]
+        assert sum(map(len, left.values())) < before, "nothing moves"
+    assert [event[0] for event in side.told if event[0] == "message"] == ["message"] * streams
+    assert side.grpc.buffered_bytes == 0
+    assert most <= room + streams * window
+
+
+def test_room_that_a_reset_stream_held_goes_to_the_next():
+    side = Side(stream_window_bytes=1 << 16, max_message_bytes=300_000, max_buffered_bytes=600_000)
+    side.grpc.receive(headers(1) + headers(3))
+    start = message(bytes(300_000))[:16384]
+    for stream_id in (1, 3):
+        for _ in range(4):
+            side.grpc.receive(data(stream_id, start if not _ else bytes(16384)))
+    assert {of for kind, _, of, _ in side.sent() if kind == WINDOW_UPDATE and of} == {1}
+    side.grpc.receive(frame(RST_STREAM, 0, 1, u32(8)))
+    assert {of for kind, _, of, _ in side.sent() if kind == WINDOW_UPDATE and of} == {3}
+
+
 def test_unread_messages_hold_the_window():
     """One message may wait, and another window of bytes; then the client stops."""
     side = Side(

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from mocked_http import MockedClient
 from virtual_time import now_s, run_for, run_virtual
 
 from extproc.config import Config, WorkerConfig
@@ -330,12 +331,12 @@ def watch_for(seconds, engines, script=None, *, config=CONFIG, lookup=addresses,
 
     async def work():
         sink = Sink()
-        async with httpx.AsyncClient(transport=httpx.MockTransport(route)) as client:
-            monitor = HealthMonitor(config, client, sink, lookup=lookup, clock=now_s, headers=headers)
-            beside = asyncio.ensure_future(script(monitor)) if script else None
-            await run_for(seconds, monitor.run())
-            if beside:
-                await beside
+        client = MockedClient(route)
+        monitor = HealthMonitor(config, client, sink, lookup=lookup, clock=now_s, headers=headers)
+        beside = asyncio.ensure_future(script(monitor)) if script else None
+        await run_for(seconds, monitor.run())
+        if beside:
+            await beside
         return sink
 
     return run_virtual(work())

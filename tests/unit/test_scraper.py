@@ -8,6 +8,7 @@ import random
 import httpx
 import pytest
 from aiohttp import web
+from mocked_http import MockedClient
 from virtual_time import now_s, run_for, run_virtual
 
 from extproc.config import Config, WorkerConfig
@@ -64,20 +65,20 @@ def scrape_for(seconds, engines, *targets, interval_s=10.0, timeout_s=5.0, rng=N
 
     async def work():
         sink = Recorder()
-        async with httpx.AsyncClient(transport=httpx.MockTransport(engines)) as client:
-            scraper = Scraper(
-                client,
-                sink,
-                interval_s=interval_s,
-                timeout_s=timeout_s,
-                clock=now_s,
-                rng=rng or NoJitter(),
-            )
-            scraper.set_workers(targets)
-            extra = asyncio.ensure_future(during(scraper)) if during else None
-            await run_for(seconds, scraper.run())
-            if extra:
-                await extra
+        client = MockedClient(engines)
+        scraper = Scraper(
+            client,
+            sink,
+            interval_s=interval_s,
+            timeout_s=timeout_s,
+            clock=now_s,
+            rng=rng or NoJitter(),
+        )
+        scraper.set_workers(targets)
+        extra = asyncio.ensure_future(during(scraper)) if during else None
+        await run_for(seconds, scraper.run())
+        if extra:
+            await extra
         return sink
 
     return run_virtual(work())
@@ -269,19 +270,19 @@ def test_headers_are_asked_for_each_request():
         return METRICS
 
     async def work():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(Engines(b=answer))) as client:
-            tokens = iter("xy")
-            scraper = Scraper(
-                client,
-                Recorder(),
-                interval_s=1,
-                timeout_s=1,
-                headers=lambda name: {"authorization": f"Bearer {next(tokens)} for {name}"},
-                clock=now_s,
-                rng=NoJitter(),
-            )
-            scraper.set_workers([B])
-            await run_for(1.5, scraper.run())
+        client = MockedClient(Engines(b=answer))
+        tokens = iter("xy")
+        scraper = Scraper(
+            client,
+            Recorder(),
+            interval_s=1,
+            timeout_s=1,
+            headers=lambda name: {"authorization": f"Bearer {next(tokens)} for {name}"},
+            clock=now_s,
+            rng=NoJitter(),
+        )
+        scraper.set_workers([B])
+        await run_for(1.5, scraper.run())
 
     run_virtual(work())
     assert seen == [("Bearer x for b:1", "identity"), ("Bearer y for b:1", "identity")]
@@ -298,15 +299,15 @@ def test_headers_are_for_the_worker_s_own_host():
         return httpx.Response(503)
 
     async def work():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), follow_redirects=True) as client:
-            with pytest.raises(FetchError):
-                await read_loads(
-                    client,
-                    ["http://b:1/metrics", "http://b:2/moved", "https://keeper:1/metrics", "http://b.keeper:1/metrics"],
-                    timeout_s=5,
-                    worker="b:1",
-                    headers={"authorization": "Bearer x"},
-                )
+        client = MockedClient(answer)
+        with pytest.raises(FetchError):
+            await read_loads(
+                client,
+                ["http://b:1/metrics", "http://b:2/moved", "https://keeper:1/metrics", "http://b.keeper:1/metrics"],
+                timeout_s=5,
+                worker="b:1",
+                headers={"authorization": "Bearer x"},
+            )
 
     asyncio.run(work())
     assert seen == {

@@ -4,7 +4,13 @@ import contextlib
 
 import betterproto2
 import pytest
-from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.config.core.v3 import (
+    HeaderMap,
+    HeaderValue,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    HeaderValueOptionHeaderAppendAction as HeaderAppendAction,
+)
 from envoy_data_plane.envoy.data.accesslog.v3 import (
     AccessLogCommon,
     HttpAccessLogEntry,
@@ -189,3 +195,40 @@ def test_the_access_log(logged, broken):
 def test_any_bytes_are_an_access_log_or_a_wire_error(data):
     with contextlib.suppress(wire.WireError):
         wire.decode_access_log(data)
+
+
+NAMES = st.sampled_from(["x-pd-room", "x-pd-mode", "content-type", "a"])
+HEADERS = st.lists(st.tuples(NAMES, st.text(max_size=300)), max_size=8).map(tuple)
+
+
+@given(
+    st.builds(
+        Answer,
+        st.sampled_from([Phase.REQUEST_HEADERS, Phase.REQUEST_BODY, Phase.RESPONSE_HEADERS, Phase.RESPONSE_BODY]),
+        set_headers=HEADERS,
+        remove_headers=st.lists(NAMES, max_size=3).map(tuple),
+        body=st.none() | st.binary(max_size=300),
+        pick_route_again=st.booleans(),
+        skip_request_body=st.booleans(),
+        want_response_body=st.booleans(),
+    )
+)
+def test_an_answer_made_by_hand_is_what_an_independent_reader_reads(answer):
+    read = encoded(answer)
+    common = getattr(read, answer.phase.name.lower()).response
+    mutation = common.header_mutation
+    expected = list(answer.set_headers)
+    if answer.body is not None:
+        expected.append(("content-length", str(len(answer.body))))
+        assert common.body_mutation.body == answer.body
+    else:
+        assert common.body_mutation is None
+    replaces = answer.body is not None and answer.phase is Phase.REQUEST_HEADERS
+    assert (common.status is CommonResponseResponseStatus.CONTINUE_AND_REPLACE) is replaces
+    options = mutation.set_headers if mutation else []
+    assert [(option.header.key, option.header.raw_value.decode()) for option in options] == expected
+    assert {option.append_action for option in options} <= {HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD}
+    assert (list(mutation.remove_headers) if mutation else []) == list(answer.remove_headers)
+    assert common.clear_route_cache is answer.pick_route_again
+    wants = answer.skip_request_body or answer.want_response_body
+    assert (read.mode_override is not None) is wants
