@@ -92,6 +92,7 @@ def test_the_table_as_json():
         "role": "prefill",
         "healthy": True,
         "draining": False,
+        "circuit": "closed",
         "endpoint": "10.0.0.0:1",
         "model": None,
         "dp_size": 2,
