@@ -70,15 +70,19 @@ class Live:
 
     def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
         """Load of each rank, in tokens."""
+        # One loop, and nothing worked out that is not needed: with 8 ranks a worker this is most of a decision.
         now_s = self._clock()
-        ledger = [rank.outstanding_tokens - rank.done_tokens(now_s) for rank in ranks]
-        weights = [rank.news_weight(now_s) for rank in ranks]
-        if min(weights) < STALE_WEIGHT:
-            return ledger
-        return [
-            max(0.0, tokens + weight * rank.foreign_tokens)
-            for tokens, weight, rank in zip(ledger, weights, ranks, strict=True)
-        ]
+        ledger, corrected, fresh = list[float](), list[float](), True
+        for rank in ranks:
+            tokens = rank.outstanding_tokens
+            if tokens:
+                tokens -= rank.done_tokens(now_s)
+            ledger.append(tokens)
+            if fresh:
+                weight = rank.news_weight(now_s)
+                fresh = weight >= STALE_WEIGHT
+                corrected.append(max(0.0, tokens + weight * rank.foreign_tokens))
+        return corrected if fresh else ledger
 
     def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
         """Load of each worker, in tokens."""
@@ -87,10 +91,18 @@ class Live:
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
-        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
-        known = [rank.tokens_per_s for state in states for rank in state.ranks if rank.tokens_per_s]
-        usual = sum(known) / len(known) if known else 1.0
-        return [min(next(tokens) / (rank.tokens_per_s or usual) for rank in state.ranks) for state in states]
+        ranks = [rank for state in states for rank in state.ranks]
+        waits = self.rank_tokens(ranks)
+        known = [rank.tokens_per_s for rank in ranks if rank.tokens_per_s]
+        if known:
+            usual = sum(known) / len(known)
+            waits = [tokens / (rank.tokens_per_s or usual) for tokens, rank in zip(waits, ranks, strict=True)]
+        drains, first = list[float](), 0
+        for state in states:
+            last = first + len(state.ranks)
+            drains.append(min(waits[first:last]))
+            first = last
+        return drains
 
 
 LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}

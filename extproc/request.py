@@ -339,8 +339,11 @@ def _count_ids(value: bytes) -> int:
 
 def _number(raw: Raw) -> float | None:
     """A JSON number of at least 0, or None for anything else: the engine judges those."""
+    text = bytes(raw)
+    if not text:
+        return None
     try:
-        number = float(bytes(raw))
+        number = float(text)
     except ValueError:
         return None
     return number if 0 <= number < math.inf else None

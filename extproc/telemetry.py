@@ -3,6 +3,7 @@
 Never prompts, bodies or credentials: only what `Finished` holds. Gauges are read off the load table when asked for.
 """
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -101,26 +102,31 @@ class Telemetry:
         self._scrape_failures = Counter(
             "extproc_scrape_failures", "Scrapes that gave no loads.", ["worker"], registry=registry
         )
+        # The client library takes some µs to find what belongs to labels; there are few of each.
+        self._attempt = functools.lru_cache(maxsize=1024)(self._attempts.labels)
+        self._leg = functools.lru_cache(maxsize=16_384)(self._legs.labels)
+        self._response_header = functools.lru_cache(maxsize=16)(self._response_headers.labels)
+        self._prefill_leg = functools.lru_cache(maxsize=4096)(self._prefill.labels)
         registry.register(_Gauges(table, clock, open_exchanges))
 
     def finished(self, record: Finished) -> None:
         """An attempt is over."""
         if record.placement or record.outcome in UNPLACED:
             self.decisions.append(record)
-        self._attempts.labels(record.endpoint, record.outcome, record.status).inc()
+        self._attempt(record.endpoint, record.outcome, record.status).inc()
         if record.attempt > 1:
             self._retries.labels(record.outcome).inc()
         if record.placement and record.prefill_end and record.decode_end:
-            self._legs.labels("prefill", record.placement.prefill.worker.name, record.prefill_end).inc()
-            self._legs.labels("decode", record.placement.decode.worker.name, record.decode_end).inc()
+            self._leg("prefill", record.placement.prefill.worker.name, record.prefill_end).inc()
+            self._leg("decode", record.placement.decode.worker.name, record.decode_end).inc()
         if record.decision_s is not None:
             self._decision.observe(record.decision_s)
         if record.counted_tokens:
             self._estimate.labels(record.endpoint).observe(record.prompt_tokens / record.counted_tokens)
         if record.response_headers_s is not None and record.outcome is Outcome.OK:
-            self._response_headers.labels(record.endpoint).observe(record.response_headers_s)
+            self._response_header(record.endpoint).observe(record.response_headers_s)
         if record.prefill_s is not None and record.placement:
-            self._prefill.labels(record.placement.prefill.worker.name).observe(record.prefill_s)
+            self._prefill_leg(record.placement.prefill.worker.name).observe(record.prefill_s)
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", log_line(record))
 
