@@ -1,8 +1,8 @@
 """OpenTelemetry: one span for each attempt, exported over OTLP/HTTP (extra `[otel]`).
 
-Shell, and the only importer of OpenTelemetry; itself imported only where `otel` is on. Settings are OpenTelemetry's own
-environment variables. An attempt's ids and whether it is sampled are settled when its headers come, as the engines are
-told; the span itself is made from `Finished`, so it holds nothing that the log line might not.
+Shell, and with `otlp_json` the only importer of OpenTelemetry; itself imported only where `otel` is on. Settings are
+OpenTelemetry's own environment variables. An attempt's ids and whether it is sampled are settled when its headers
+come, as the engines are told; the span itself is made from `Finished`, so it holds nothing that the log line might not.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -31,7 +30,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from extproc import trace_context
+from extproc import otlp_json, trace_context
 from extproc.config import Config
 from extproc.errors import ConfigError
 from extproc.events import Finished, Outcome
@@ -67,9 +66,6 @@ class Tracing:
 
         Raises ConfigError.
         """
-        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-        if protocol not in {None, "", "http/protobuf"}:
-            raise ConfigError(f"otel: OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: spans go over http/protobuf only")
         # Of the provider only what the environment says; it has no processor, and nobody else gets it.
         provider = TracerProvider(resource=_resource(config), shutdown_on_exit=False)
         self._resource, self._sampler, self._ids = provider.resource, provider.sampler, provider.id_generator
@@ -221,10 +217,10 @@ def _resource(config: Config) -> Resource:
 def _exporting() -> SpanProcessor:
     """To a collector, by a thread of its own, from a bounded queue (OTEL_BSP_*)."""
     try:
-        processor = BatchSpanProcessor(OTLPSpanExporter())
+        processor = BatchSpanProcessor(otlp_json.JsonSpanExporter())
     except ValueError as error:
         raise ConfigError(f"otel: {error} (an OTEL_* environment variable)") from None
-    logging.getLogger(OTLPSpanExporter.__module__).addFilter(_Seldom())
+    otlp_json.logger.addFilter(_Seldom())
     return processor
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import logging
 import random
 import subprocess
 import sys
@@ -25,13 +24,12 @@ from extproc.transport import TRANSPORTS
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra [otel]")
 
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode, TraceState
 
-from extproc import tracing
+from extproc import otlp_json, tracing
 from extproc.tracing import Tracing
 
 CLIENT = parse_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
@@ -76,7 +74,7 @@ def traced(script, *, healthy=True, workers=MORE_WORKERS, **settings):
 
     asyncio.run(main())
     spans = exporter.get_finished_spans()
-    assert MARK.encode() not in encode_spans(spans).SerializeToString()
+    assert MARK.encode() not in otlp_json.encode(spans)
     return spans
 
 
@@ -395,7 +393,7 @@ def test_what_is_queued_is_exported_at_the_end():
 
 
 def test_a_collector_that_is_away_is_told_of_once_a_minute(caplog):
-    complaints = logging.getLogger(tracing.OTLPSpanExporter.__module__)
+    complaints = otlp_json.logger
     before = list(complaints.filters)
     tracer = Tracing(Config(), lambda: 0.0)
     try:
@@ -415,10 +413,11 @@ def test_without_the_extra_the_setting_is_refused(monkeypatch):
         Service(Config(otel=True))
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
-def test_another_protocol_is_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "grpc")
-    with pytest.raises(ConfigError, match="http/protobuf only"):
+def test_another_protocol_is_refused(monkeypatch, name, protocol):
+    monkeypatch.setenv(name, protocol)
+    with pytest.raises(ConfigError, match=f"{protocol}: spans go over http/json only"):
         Service(Config(otel=True))
 
 
@@ -434,5 +433,20 @@ from extproc.config import Config
 from extproc.server import Service
 assert Service(Config()).gateway.begin_trace is None
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_on_needs_nothing_that_collides_with_xds_protos():
+    """Both `opentelemetry-proto` and `xds-protos` install `opentelemetry/proto/`; neither copy may matter."""
+    code = """
+import sys
+sys.modules["opentelemetry.proto"] = sys.modules["opentelemetry.exporter"] = None
+from extproc.config import Config
+from extproc.server import Service
+assert Service(Config(otel=True)).gateway.begin_trace is not None
+assert "extproc.otlp_json" in sys.modules
+found = [name for name in sys.modules if name.startswith(("opentelemetry.proto", "opentelemetry.exporter"))]
+assert sorted(found) == ["opentelemetry.exporter", "opentelemetry.proto"], found
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
