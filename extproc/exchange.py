@@ -405,6 +405,8 @@ class Exchange:
     def _schedule(self, request: GenerationRequest) -> Placement:
         """Pick and charge. Raises NoWorker or Overloaded; then nothing is charged."""
         gateway = self._gateway
+        if gateway.table.catch_up is not None:
+            gateway.table.catch_up()
         self._batch_size, self._prompt_tokens = request.batch_size, request.prompt_tokens
         self._scheduled = scheduled = gateway.scheduler.place(
             request, avoid=gateway.blamed(self._request_id) if self._attempt > 1 else ()

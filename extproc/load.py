@@ -157,6 +157,8 @@ class LoadTable:
         self.output_tokens: float | None = None
         """Mean output of a prompt, learned; None while nothing is."""
         self.observer: Observer | None = None
+        self.catch_up: Callable[[], None] | None = None
+        """Is called before a placement, so that what other processes did is known to it, and whom they blame."""
 
     def __repr__(self) -> str:
         """One line a rank; what a person wants to see in a failing test."""

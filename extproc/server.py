@@ -223,6 +223,7 @@ class Service:
             if self.replica and self._summed:
                 self._leader = Leader(config, self.replica, self._summed, target=self._target, clock=self._clock)
                 self.changed = self._leader.wake
+                self.table.catch_up = self._leader.catch_up
                 await stack.enter_async_context(self._leader.running())
                 target = self._target
             tasks = await stack.enter_async_context(asyncio.TaskGroup())

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import time
@@ -35,8 +34,6 @@ from extproc.processes.messages import (
     batch_frame,
 )
 from extproc.server import Service
-
-FLUSH_S = float(os.environ.get("FLUSH_S", "0"))
 
 logger = logging.getLogger("extproc")
 
@@ -66,7 +63,7 @@ async def follow(connection: socket.socket) -> int:
     ended = asyncio.Event()
     follower: _Follower | None = None
 
-    def received(channel: Channel, message: Message) -> None:
+    def received(message: Message) -> None:
         nonlocal follower
         if isinstance(message, Start):
             # In the same step, as the next message is about what this one begins with.
@@ -86,7 +83,7 @@ async def follow(connection: socket.socket) -> int:
         if follower is not None:
             follower.orphaned()
 
-    channel = await Channel.open(connection, received, lost)
+    channel = Channel(connection, received, lost)
     if await began:
         assert follower is not None  # noqa: S101 - it has begun
         return await follower.run()
@@ -113,6 +110,7 @@ class _Follower:
         self._tasks = set[asyncio.Task[None]]()
         snapshot.restore(replica, start.table)
         service.changed = self._flush_soon
+        service.table.catch_up = channel.poll
         self._flush_is_due = False
 
     async def run(self) -> int:
@@ -191,7 +189,7 @@ class _Follower:
     def _flush_soon(self) -> None:
         if not self._flush_is_due:
             self._flush_is_due = True
-            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_is_due = False

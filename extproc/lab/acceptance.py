@@ -112,6 +112,10 @@ VARIANTS = (
 )
 VARIANT_LIMIT = 0.03
 REPLICA_SHARE = 0.8
+PROCESS_LAGS_S = (0.002, 0.01)
+"""From one process of the service to another: about the median and the 99th percentile measured (docs/processes.md)."""
+PROCESS_LIMIT = 0.01
+"""Two processes place as one does: of a figure they may lose as much as the seeds' own luck makes."""
 BASELINE, SUBJECT = "round_robin", "live"
 
 
@@ -156,7 +160,7 @@ def judge(table: Sequence[Row], seeds: Sequence[int], jobs: int, console: Consol
     for row in table:
         for policy in (SUBJECT, *row.limits):
             runs.want(policy, row.settings, row.load)
-        for settings in (*_variants(row), _replicas(row)):
+        for settings in (*_variants(row), _replicas(row), *(_processes(row, lag_s) for lag_s in PROCESS_LAGS_S)):
             runs.want(SUBJECT, settings, row.load)
     runs.run(jobs, console)
 
@@ -180,6 +184,12 @@ def judge(table: Sequence[Row], seeds: Sequence[int], jobs: int, console: Consol
         verdicts.append(
             Verdict(f"{row.name}, 2 replicas", "gain of 1", REPLICA_SHARE, Estimate.of(shares), at_most=False)
         )
+    for row in table:
+        mine = runs.figures(SUBJECT, row.settings, row.load, row.figure)
+        for lag_s in PROCESS_LAGS_S:
+            apart = runs.figures(SUBJECT, _processes(row, lag_s), row.load, row.figure)
+            name = f"{row.name}, 2 processes {lag_s * 1e3:g} ms apart"
+            verdicts.append(Verdict(name, "1 process", PROCESS_LIMIT, _differences(apart, mine)))
     return verdicts
 
 
@@ -189,6 +199,10 @@ def _variants(row: Row) -> list[Settings]:
 
 def _replicas(row: Row) -> Settings:
     return replace(row.settings, replicas=2)
+
+
+def _processes(row: Row, lag_s: float) -> Settings:
+    return replace(row.settings, replicas=2, replica_lag_s=lag_s)
 
 
 def _differences(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:

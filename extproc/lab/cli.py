@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replicas", type=_count, default=1, metavar="N", help="independent services sharing the traffic"
     )
     service.add_argument(
+        "--replica-lag",
+        type=_positive,
+        metavar="S",
+        help="make them processes of one service, which know so much later what another does (docs/processes.md)",
+    )
+    service.add_argument(
         "--scrape-interval", type=_interval, default=1.0, metavar="S|off", help="seconds (default: %(default)s), or off"
     )
     service.add_argument("--scrape-failures", type=_share, default=0.0, metavar="SHARE", help="of scrapes, at random")
@@ -87,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         prefill_attention=args.prefill_attention,
         prefix_cache=args.prefix_cache,
         replicas=args.replicas,
+        replica_lag_s=args.replica_lag,
         scrape_interval_s=args.scrape_interval,
         scrape_failure_ratio=args.scrape_failures,
         scrape_page=Page(args.scrape_page),

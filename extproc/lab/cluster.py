@@ -18,6 +18,7 @@ from extproc.lab.pages import rank_load
 from extproc.lab.prefill import PrefillGroup, PrefillRank
 from extproc.lab.prefill_cost import PrefillCost
 from extproc.lab.prefix_cache import PrefixCache
+from extproc.lab.processes import connect
 from extproc.lab.request import Flight, TraceRequest
 from extproc.lab.scrapes import ScrapeLoop
 from extproc.lab.service import CLAIRVOYANT, PolicyName, Route, ScheduledService, Service, View
@@ -95,7 +96,11 @@ class Cluster:
         with_prompts = policy.partition("+")[0] in PROMPT_POLICIES
         self._view = View(settings, random.Random(f"{seed}/bytes"), with_prompts)
         self.services = [self._service(policy, random.Random(f"{seed}/{n}")) for n in range(settings.replicas)]
-        for number, service in enumerate(self.services):
+        scraping = self.services
+        if settings.replica_lag_s is not None:
+            connect([each for each in scraping if isinstance(each, ScheduledService)], settings.replica_lag_s, clock)
+            scraping = scraping[:1]
+        for number, service in enumerate(scraping):
             for role, shape in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
                 for worker in range(shape.workers):
                     rng = random.Random(f"{seed}/scrape/{number}/{role}/{worker}")

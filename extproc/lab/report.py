@@ -128,7 +128,8 @@ def describe(settings: Settings, load: Load, requests: int | None) -> str:
     ]
     extras: Sequence[tuple[bool, str]] = (
         (settings.scrape_failure_ratio > 0, f"{settings.scrape_failure_ratio:.0%} of scrapes fail"),
-        (settings.replicas > 1, f"{settings.replicas} replicas"),
+        (settings.replicas > 1 and settings.replica_lag_s is None, f"{settings.replicas} replicas"),
+        (settings.replica_lag_s is not None, f"{settings.replicas} processes, {settings.replica_lag_s or 0:g} s apart"),
         (settings.dp_attention, "DP attention"),
         (settings.prefill_attention, "attention in prefill"),
         (settings.prefix_cache, "prefix cache"),

@@ -21,6 +21,8 @@ from extproc.load import LoadTable
 from extproc.load_model import LOAD_MODELS
 from extproc.model import RankLoad, Role
 from extproc.policy import RANK_POLICIES, WORKER_POLICIES
+from extproc.processes.messages import Observed
+from extproc.processes.replica import Replica
 from extproc.request import Endpoint, GenerationRequest
 from extproc.schedule import Scheduled, Scheduler
 
@@ -113,6 +115,8 @@ class ScheduledService:
         self._decode_ranks = settings.decode.ranks
         self._prefill_ranks = settings.prefill.ranks
         self._scheduler = Scheduler(config, self.table, rng)
+        self.replica: Replica | None = None
+        """As one of several processes."""
 
     def place(self, request: TraceRequest, seen: GenerationRequest) -> Route:
         scheduled = self._scheduler.place(seen)
@@ -137,6 +141,8 @@ class ScheduledService:
 
     def observe(self, role: Role, worker: int, loads: Sequence[RankLoad], at_s: float) -> None:
         self.table.observe(self._names[role][worker], loads, at_s)
+        if self.replica is not None:
+            self.replica.tell(Observed(self._names[role][worker], tuple(loads), at_s))
 
 
 class View:

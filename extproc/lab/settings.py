@@ -45,6 +45,9 @@ class Settings:
     """Prefill ranks keep the KV cache of prompts and skip what they have."""
     replicas: int = 1
     """Independent services, each seeing an equal share of the requests at random."""
+    replica_lag_s: float | None = None
+    """With a figure, the replicas are processes of one service (docs/processes.md): each knows so much later what
+    another has done, and the first of them scrapes for all. None: they know nothing of each other."""
     scrape_interval_s: float | None = 1.0
     """None: no scrapes at all."""
     scrape_failure_ratio: float = 0.0

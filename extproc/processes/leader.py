@@ -7,7 +7,6 @@ lease's changes in the order in which they were made, and of a follower's end af
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 import time
@@ -37,7 +36,6 @@ from extproc.processes.messages import (
 )
 from extproc.processes.replica import Replica
 
-FLUSH_S = float(os.environ.get("FLUSH_S", "0"))
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
@@ -172,7 +170,12 @@ class Leader:
         """The leader's own table has changed: tell everybody at the end of this go of the event loop."""
         if not self._flush_is_due:
             self._flush_is_due = True
-            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def catch_up(self) -> None:
+        """Take what the followers have said by now."""
+        for follower in [*self._followers.values()]:
+            follower.channel.poll()
 
     def leave(self) -> None:
         """Have the followers do the same; see `Service`."""
@@ -200,12 +203,7 @@ class Leader:
             child = await self._spawn(theirs)
         now_s = self._clock()
         listening = asyncio.get_running_loop().create_future()
-        channel = await Channel.open(
-            # It says nothing before it has heard something.
-            ours,
-            lambda _, message: self._received(follower, message),
-            lambda: self._lost(self._followers.get(process)),
-        )
+        channel = Channel(ours, lambda message: self._received(follower, message), lambda: self._lost(follower))
         follower = Follower(process, child, channel, now_s, now_s, listening)
         # In one step with the snapshot: what happens after it goes to the new one, too.
         self._flush()
@@ -213,8 +211,6 @@ class Leader:
         self._followers[process] = follower
         if self._leaving:
             channel.send(Leave())
-        if channel.is_closed:
-            self._lost(follower)
         return follower
 
     async def _listens(self, follower: Follower) -> None:
@@ -285,9 +281,9 @@ class Leader:
             case Rest():
                 follower.resting.set()
 
-    def _lost(self, follower: Follower | None) -> None:
+    def _lost(self, follower: Follower) -> None:
         """Nothing more will be heard of it: what it charged is given back, at once and everywhere."""
-        if follower is None or self._followers.get(follower.process) is not follower:
+        if self._followers.get(follower.process) is not follower:
             return
         del self._followers[follower.process]
         self._registry.ended(follower.process)

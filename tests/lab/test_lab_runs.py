@@ -164,3 +164,31 @@ def test_median_intervals_are_those_of_the_sign_test():
     assert ten.coverage == pytest.approx(0.9785, abs=1e-4)
     assert quantile([0.0, 10.0], 0.99) == pytest.approx(9.9)
     assert Latency.of([]) == Latency(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("lag_s", [0.001, 5.0])
+def test_processes_of_one_service_know_what_each_other_did(lag_s):
+    settings = Settings(prefill=Shape(1, 8), replicas=2, replica_lag_s=lag_s)
+    cluster = Cluster("live", settings, 0, LOAD.arrivals(settings, 0))
+    cluster.run()
+    first, second = (service.table for service in cluster.services)
+    assert first.output_tokens is not None
+    scraped = [[rank.scraped_at_s for state in table.states for rank in state.ranks] for table in (first, second)]
+    assert None not in scraped[1]  # the first scrapes for both
+    if lag_s < 1:
+        # The run ends with the last request, whose end only its own process knows by then.
+        assert abs(first.in_flight[Role.DECODE] - second.in_flight[Role.DECODE]) <= 1
+
+
+def test_processes_place_as_one_does():
+    """And two services that know nothing of each other do not, so this shows something."""
+
+    def mean_ttft_s(**changes) -> float:
+        settings = Settings(prefill=Shape(1, 8), **changes)
+        load = Load(requests=1_500, utilization=0.7)
+        runs = [Cluster("live", settings, seed, load.arrivals(settings, seed)).run() for seed in range(3)]
+        return sum(Latency.of(run.ttft_s).mean for run in runs) / len(runs)
+
+    one, apart, together = mean_ttft_s(), mean_ttft_s(replicas=2), mean_ttft_s(replicas=2, replica_lag_s=0.002)
+    assert together < one * 1.03
+    assert apart > one * 1.05
