@@ -146,5 +146,6 @@ def test_the_table_shows_a_request_while_it_runs(stack, client):
             return now["ranks"][int(rank)]["request_tokens_per_s"]
 
         until(measured, "the request's speed")
+        assert list(lines)[-2:] == ["data: [DONE]", ""]  # of a stream that is left nothing is learned
     until(lambda: nothing_charged(stack), "nothing charged")
     until(lambda: debug_loads(stack)["mean_output_tokens"], "a mean output")
