@@ -404,7 +404,7 @@ def test_a_reader_that_does_not_read_stops_the_client():
                     pass
                 stopped = peer.local_flow_control_window(1) < 16_384
             (connection,) = server._connections
-            assert sent == MIB // 16_384
+            assert sent == Limits().stream_window_bytes // 16_384
             assert connection.grpc.buffered_bytes == sent * 16_379
             go_on.set()
             while peer.local_flow_control_window(1) < 16_384:
