@@ -540,7 +540,8 @@ def wait_refused(port):
     """Return when nobody listens."""
     with contextlib.suppress(ConnectionRefusedError):
         while True:
-            socket.create_connection(("127.0.0.1", port)).close()
+            with contextlib.suppress(ConnectionResetError):  # it was waiting to be accepted when the listener closed
+                socket.create_connection(("127.0.0.1", port)).close()
 
 
 # Clients that misbehave
