@@ -160,12 +160,23 @@ class PrefillState(enum.Enum):
     OVER = enum.auto()
 
 
-UNANSWERED = frozenset({RouteState.DISPATCHED, RouteState.HOLDING, RouteState.WAITING})
+# Tuples: members are found by identity, while an Enum's hash is a call of Python.
+UNANSWERED = (RouteState.DISPATCHED, RouteState.HOLDING, RouteState.WAITING)
 """The client has got nothing yet, so another attempt is possible."""
 
-
-BEGUN = frozenset({RouteState.WAITING, RouteState.RESPONDING, RouteState.UNSURE})
+BEGUN = (RouteState.WAITING, RouteState.RESPONDING, RouteState.UNSURE)
 """Decode has sent headers, so that only the access log knows who breaks off."""
+ANSWERED_WELL = (RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING)
+"""The client has got something, or is about to."""
+DUE = (PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED)
+"""Prefill may still say what the client is to get."""
+ENDING = (PrefillState.CLOSING, PrefillState.OVER)
+
+# What is sent with most requests, made once.
+TAKE_BODY = Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))
+LET_THROUGH = Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))
+PREFILL_GOES_ON = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))
+LINGER = Linger(VERDICT_S)
 
 
 class ProtocolViolation(Exception):
@@ -258,43 +269,45 @@ class Gateway:
 class Exchange:
     """One attempt of one request. Made when its route stream opens."""
 
+    # What each begins with; an instance holds what has become of it.
+    route_state = RouteState.NEW
+    prefill_state = PrefillState.EXPECTED
+    _endpoint: Endpoint | None = None
+    _request_id = ""
+    _attempt = 1
+    _strip: tuple[str, ...] = ()
+    _trace: Trace | None = None
+    _routing_key = ""
+    _scheduled: Scheduled | None = None
+    _mutation: Mutation | None = None
+    _direct_worker: str | None = None
+    _batch_size = 0
+    _prompt_tokens = 0.0
+    _model: str | None = None
+    _measured: Prompt | None = None
+    """What to learn from prefill's count of the prompt; None: it is not asked."""
+    _counted_tokens: int | None = None
+    _held: ResponseHeaders | None = None
+    _reason_is_due = False
+    _prefill_failed: bool | None = None
+    _decode_failed: bool | None = None
+    """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
+    _prefill_end = LegEnd.UNSENT
+    _decode_end = LegEnd.UNSENT
+    _outcome = Outcome.OK
+    _reason = ""
+    _status = 0
+    _status_of_prefill = 0
+    _status_of_decode = 0
+    _ended_s: float | None = None
+    _dispatched_s: float | None = None
+    _decision_s: float | None = None
+    _response_headers_s: float | None = None
+    _prefill_s: float | None = None
+
     def __init__(self, gateway: Gateway) -> None:
-        self.route_state = RouteState.NEW
-        self.prefill_state = PrefillState.EXPECTED
         self._gateway = gateway
         self._started_s = gateway.clock()
-        self._endpoint: Endpoint | None = None
-        self._request_id = ""
-        self._attempt = 1
-        self._strip: tuple[str, ...] = ()
-        self._trace: Trace | None = None
-        self._routing_key = ""
-        self._scheduled: Scheduled | None = None
-        self._mutation: Mutation | None = None
-        self._direct_worker: str | None = None
-        self._batch_size = 0
-        self._prompt_tokens = 0.0
-        self._model: str | None = None
-        self._measured: Prompt | None = None
-        """What to learn from prefill's count of the prompt; None: it is not asked."""
-        self._counted_tokens: int | None = None
-        self._held: ResponseHeaders | None = None
-        self._reason_is_due = False
-        self._prefill_failed: bool | None = None
-        self._decode_failed: bool | None = None
-        """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
-        self._prefill_end = LegEnd.UNSENT
-        self._decode_end = LegEnd.UNSENT
-        self._outcome = Outcome.OK
-        self._reason = ""
-        self._status = 0
-        self._status_of_prefill = 0
-        self._status_of_decode = 0
-        self._ended_s: float | None = None
-        self._dispatched_s: float | None = None
-        self._decision_s: float | None = None
-        self._response_headers_s: float | None = None
-        self._prefill_s: float | None = None
 
     def __repr__(self) -> str:
         """For logs of bugs and for failing tests; holds nothing of the request's content."""
@@ -306,27 +319,27 @@ class Exchange:
     def route(self, event: Event) -> list[Effect]:
         """Take one event of the route stream."""
         try:
-            match event, self.route_state:
-                case Ended(), _:
-                    return self._route_ended()
-                case Broken(), _:
-                    return self._broken(event)
-                case Woken(), RouteState.HOLDING:
-                    return self._respond_held()
-                case Woken(), RouteState.UNSURE:
-                    return self._settle()
-                case Woken(), _:
-                    return self._prefill_overdue()
-                case _, RouteState.CLOSING:  # crossed with our immediate response
-                    return []
-                case Trailers(), _:
-                    return [Send(Leg.ROUTE, Answer(event.phase))]
+            match event, self.route_state:  # in the order of a request that goes well
                 case RequestHeaders(), RouteState.NEW:
                     return self._request(event)
                 case RequestBody(), RouteState.BODY:
                     return self._place(event.body)
                 case ResponseHeaders(), RouteState.DISPATCHED | RouteState.DIRECT:
                     return self._respond(event)
+                case Ended(), _:
+                    return self._route_ended()
+                case Woken(), RouteState.UNSURE:
+                    return self._settle()
+                case Woken(), RouteState.HOLDING:
+                    return self._respond_held()
+                case Woken(), _:
+                    return self._prefill_overdue()
+                case Broken(), _:
+                    return self._broken(event)
+                case _, RouteState.CLOSING:  # crossed with our immediate response
+                    return []
+                case Trailers(), _:
+                    return [Send(Leg.ROUTE, Answer(event.phase))]
                 case ResponseHeaders(), RouteState.BODY:
                     # Envoy's own answer, e.g. 413 when the body outgrew its buffer: it never got to us.
                     return self._respond(event)
@@ -347,7 +360,8 @@ class Exchange:
             self._strip += self._trace.remove_headers
         self._routing_key = headers.get(ROUTING_KEY, "")
         if headers.get(":method") == "POST":
-            self._endpoint = ENDPOINTS.get(split_path(headers.get(":path", "")))
+            path = headers.get(":path", "")
+            self._endpoint = ENDPOINTS.get(path) or ENDPOINTS.get(split_path(path))
         if self._endpoint is None:
             self._gateway.direct_paths.check(headers.get(":method", ""), headers.get(":path", ""))
             return self._pass_on(event)
@@ -363,7 +377,7 @@ class Exchange:
             return self._place_unread(length)
         self._gateway.scheduler.check_available()  # rather than after an upload in vain
         self.route_state = RouteState.BODY
-        return [Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))]
+        return [TAKE_BODY]
 
     def _pass_on(self, event: RequestHeaders) -> list[Effect]:
         worker = self._gateway.scheduler.pick_direct().worker
@@ -422,13 +436,13 @@ class Exchange:
         self._decision_s = self._dispatched_s - before_s
         self.route_state = RouteState.DISPATCHED
         self._decode_end = LegEnd.CANCELLED  # unless it gets to answer
-        headers, strip = self._mutation.headers + self._gateway.marks, self._strip
+        headers, strip = self._traced(self._mutation.headers + self._gateway.marks), self._strip
         if strip:  # seldom: the public listener has done so
             ours = {name for name, _ in headers}
             strip = tuple(name for name in strip if name not in ours)
         answer = Answer(
             phase,
-            set_headers=self._traced(headers),
+            set_headers=headers,
             remove_headers=strip,
             body=self._mutation.decode_body,
             pick_route_again=True,
@@ -442,13 +456,12 @@ class Exchange:
 
     def _respond(self, event: ResponseHeaders) -> list[Effect]:
         """The decode worker (or Envoy in its place) answers."""
-        unanswered = {PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED}
-        if self._scheduled and self.prefill_state in unanswered:
-            self._held = event
-            if event.status >= 500 and event.status not in {502, 503}:  # those are Envoy's: it could not reach decode
+        if self._scheduled and self.prefill_state in DUE:
+            self._held, status = event, event.status
+            if status >= 500 and status not in {502, 503}:  # those are Envoy's: it could not reach decode
                 self.route_state = RouteState.HOLDING
                 return [Wake(Leg.ROUTE, HOLD_S)]
-            if event.status < 400 and self._endpoint is Endpoint.GENERATE:
+            if status < 400 and self._endpoint is Endpoint.GENERATE:
                 # OpenAI's endpoints send headers with the first token: by then prefill is done.
                 self.route_state = RouteState.WAITING
                 return [Send(Leg.ROUTE, Extend(self._gateway.config.prefill_timeout_secs + EXTENSION_S))]
@@ -482,8 +495,10 @@ class Exchange:
             self._decode_end = LegEnd.REJECTED
         else:
             self._decode_failed, self._decode_end = False, LegEnd.OK
-        answer = Answer(Phase.RESPONSE_HEADERS, set_headers=headers, remove_headers=reserved(event.headers))
-        return [Send(Leg.ROUTE, answer), *(self._end_prefill("decode_failed") if status >= 400 else [])]
+        remove = reserved(event.headers)
+        changed = headers or remove
+        go_on = Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS, headers, remove)) if changed else LET_THROUGH
+        return [go_on, *self._end_prefill("decode_failed")] if status >= 400 else [go_on]
 
     def _blame_pair(self, scheduled: Scheduled) -> None:
         """Let the request's next attempt take another pair: which of the two broke it first is not always known."""
@@ -493,7 +508,7 @@ class Exchange:
     def _route_ended(self) -> list[Effect]:
         before, self.route_state = self.route_state, RouteState.OVER
         self._ended_s = self._gateway.clock()
-        if before not in {RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING}:
+        if before not in ANSWERED_WELL:
             self._fail(Outcome.ABORTED, "the client left before the response")
         if self._scheduled is None:
             return [self._finish()]
@@ -503,11 +518,11 @@ class Exchange:
         unsure = began_well or (before is RouteState.WAITING and self._outcome is Outcome.OK) or self._may_be_echo
         self._gateway.table.release(self._scheduled.decode, self._decode_failed, judge=not unsure)
         # After a normal end prefill has handed over the KV cache and only its answer is due; else it is of no use.
-        end_prefill = [] if began_well else self._end_prefill("gone")
+        effects = [] if began_well else self._end_prefill("gone")
         if unsure:
             self.route_state = RouteState.UNSURE
-            return [*end_prefill, Linger(VERDICT_S)]
-        return [*end_prefill, *self._conclude()]
+            return [*effects, LINGER]
+        return [*effects, *self._conclude()]
 
     def _broken(self, event: Broken) -> list[Effect]:
         """Envoy tells why the route stream ended, or is about to."""
@@ -537,7 +552,7 @@ class Exchange:
     @property
     def _may_be_echo(self) -> bool:
         """Whether a leg ended with what an engine answers when its partner breaks."""
-        return 500 in {self._status_of_prefill, self._status_of_decode}
+        return self._status_of_prefill == 500 or self._status_of_decode == 500
 
     def _judge_late(self, lease: Lease, failed: bool | None, partner: Lease) -> None:
         """Let a worker's circuit count a failure, unless its partner has failed just now."""
@@ -564,17 +579,17 @@ class Exchange:
 
     def prefill(self, event: Event) -> list[Effect]:
         """Take one event of the prefill stream."""
-        match event, self.prefill_state:
+        match event, self.prefill_state:  # in the order of a request that goes well
+            case RequestHeaders(), PrefillState.EXPECTED:
+                return self._send_prefill()
+            case ResponseHeaders(), PrefillState.SENT:
+                return self._prefill_answered(event)
             case Ended(), _:
                 return self._prefill_ended()
             case _, PrefillState.CLOSING:  # crossed with our immediate response
                 return []
             case Trailers(), _:
                 return [Send(Leg.PREFILL, Answer(event.phase))]
-            case RequestHeaders(), PrefillState.EXPECTED:
-                return self._send_prefill()
-            case ResponseHeaders(), PrefillState.SENT:
-                return self._prefill_answered(event)
             case ResponseBody(), PrefillState.COUNTED:
                 return self._prefill_counted(event.body)
             case ResponseBody(), PrefillState.REJECTED:
@@ -607,7 +622,9 @@ class Exchange:
         elif status == 200 and self._measured and is_readable(event.headers):
             self.prefill_state = PrefillState.COUNTED
         wanted = self.prefill_state is not PrefillState.ANSWERED
-        go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=wanted))
+        go_on = PREFILL_GOES_ON
+        if wanted:
+            go_on = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS, want_response_body=True))
         if status >= 500:
             return [go_on, *self._fail_prefill(f"answered {status}")]
         if self.route_state is RouteState.WAITING and status < 400:
@@ -645,8 +662,8 @@ class Exchange:
 
     def _prefill_overdue(self) -> list[Effect]:
         """The prefill leg has not ended in time. Not retried: the next worker would be as long, or the client gone."""
-        waiting = self.route_state in {*UNANSWERED, RouteState.RESPONDING}
-        if not waiting or self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
+        waiting = self.route_state in UNANSWERED or self.route_state is RouteState.RESPONDING
+        if not waiting or self.prefill_state in ENDING:
             return []
         self._fail(Outcome.PREFILL_FAILED, "prefill did not end in time")
         limit_s = self._gateway.config.prefill_timeout_secs
@@ -674,7 +691,7 @@ class Exchange:
         """End a prefill leg that is still running, as its other half is gone. 499: client closed request (nginx)."""
         if self.prefill_state is PrefillState.EXPECTED:
             self.prefill_state = PrefillState.OVER  # its stream may still come; then it is refused
-        if self.prefill_state in {PrefillState.CLOSING, PrefillState.OVER}:
+        if self.prefill_state in ENDING:
             return []
         if self.prefill_state is PrefillState.SENT:
             self._prefill_end = LegEnd.CANCELLED

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from extproc import wire
+from extproc.delays import Delays
 from extproc.events import Effect, Ended, Finished, Leg, Linger, RequestHeaders, Send, Wake, Woken
 from extproc.exchange import Exchange, Gateway, refuse_prefill
 
@@ -17,6 +18,8 @@ LEG_METADATA = "x-pd-leg"
 
 MESSAGE_SLACK_BYTES = 1 << 20
 """On top of the largest body, for headers and framing."""
+
+ENDED = Ended()
 
 
 class Outlet(Protocol):
@@ -29,15 +32,13 @@ class Outlet(Protocol):
 class Call:
     """One ext_proc stream."""
 
-    __slots__ = ("exchange", "leg", "outlet", "timers")
+    __slots__ = ("exchange", "leg", "outlet")
 
     def __init__(self, leg: Leg, outlet: Outlet, exchange: Exchange | None) -> None:
         self.leg = leg
         self.outlet = outlet
         self.exchange = exchange
         """None while a prefill stream has not said which it belongs to, and for one that belongs to none."""
-        self.timers: list[asyncio.TimerHandle] = []
-        """Go with the stream: else each would hold its exchange until it is due."""
 
 
 class ExternalProcessor:
@@ -48,7 +49,9 @@ class ExternalProcessor:
         self._gateway = gateway
         self._finished = finished
         self._calls: dict[Leg, dict[Exchange, Call]] = {leg: {} for leg in Leg}
-        self._lingering: dict[Exchange, asyncio.TimerHandle] = {}
+        self._lingering: dict[float, Delays[Exchange]] = {}
+        self._waking: dict[float, Delays[Call]] = {}
+        """Both by their length in seconds, of which there are a few."""
         self._moved: asyncio.Future[None] | None = None
         """Somebody waits in `met`."""
         self._idle = asyncio.Event()
@@ -100,9 +103,10 @@ class ExternalProcessor:
         if exchange is None:
             return
         del self._calls[call.leg][exchange]
-        for timer in call.timers:
-            timer.cancel()
-        self._apply(exchange, exchange.route(Ended()) if call.leg is Leg.ROUTE else exchange.prefill(Ended()))
+        for delays in self._waking.values():
+            delays.discard(call)
+        self._apply(exchange, exchange.route(ENDED) if call.leg is Leg.ROUTE else exchange.prefill(ENDED))
+        self._tell_idle()
 
     def logged(self, data: bytes) -> None:
         """A message of an Envoy's access log came: of `il_pd`, what has response flags. Raises WireError."""
@@ -129,23 +133,31 @@ class ExternalProcessor:
                 case Wake(leg, after_s):
                     call = self._calls[leg].get(exchange)
                     if call is not None:
-                        call.timers.append(asyncio.get_running_loop().call_later(after_s, self._wake, exchange, leg))
+                        waking = self._waking.get(after_s)
+                        if waking is None:
+                            waking = self._waking[after_s] = Delays(after_s, self._wake)
+                        waking.add(call)
                 case Linger(after_s):
-                    timer = asyncio.get_running_loop().call_later(after_s, self._settle, exchange)
-                    self._lingering[exchange] = timer
+                    lingering = self._lingering.get(after_s)
+                    if lingering is None:
+                        lingering = self._lingering[after_s] = Delays(after_s, self._settle)
+                    lingering.add(exchange)
                 case Finished():
-                    if exchange in self._lingering:
-                        self._lingering.pop(exchange).cancel()
+                    for lingering in self._lingering.values():
+                        lingering.discard(exchange)
                     self._finished(effect)
+                    self._tell_idle()
         if self._moved and not self._moved.done():
             self._moved.set_result(None)
-        if not self._lingering and not any(self._calls.values()):
+
+    def _tell_idle(self) -> None:
+        if not any(self._calls.values()) and not any(self._lingering.values()):
             self._idle.set()
 
-    def _wake(self, exchange: Exchange, leg: Leg) -> None:
-        if exchange in self._calls[leg]:
-            self._apply(exchange, exchange.route(Woken()) if leg is Leg.ROUTE else exchange.prefill(Woken()))
+    def _wake(self, call: Call) -> None:
+        exchange = call.exchange
+        assert exchange is not None  # noqa: S101 - whoever is woken belongs to one
+        self._apply(exchange, exchange.route(Woken()) if call.leg is Leg.ROUTE else exchange.prefill(Woken()))
 
     def _settle(self, exchange: Exchange) -> None:
-        del self._lingering[exchange]
         self._apply(exchange, exchange.route(Woken()))

@@ -68,6 +68,12 @@ class WireError(Exception):
 
 def decode(data: bytes) -> Event:
     """One ProcessingRequest as an event. Raises WireError."""
+    if data[:1] == _RESPONSE_HEADERS and len(data) <= MAX_KEPT_BYTES:
+        return _decode_kept(data)
+    return _decode(data)
+
+
+def _decode(data: bytes) -> Event:
     try:
         message = ProcessingRequest.FromString(data)
     except DecodeError as error:
@@ -135,36 +141,43 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
     return headers
 
 
+_RESPONSE_HEADERS = bytes((ProcessingRequest.DESCRIPTOR.fields_by_name["response_headers"].number << 3 | 2,))
+"""What a message with response headers begins with; those are much the same for all requests: status, type, length."""
+MAX_KEPT_BYTES = 256
+_decode_kept = functools.lru_cache(maxsize=1024)(_decode)
+
+
 # Answers are put together by hand, from parts that repeat: a fifth of the time that message objects take.
 
 
 def _answer(answer: Answer) -> bytes:
-    if answer == _PLAIN_ANSWERS[answer.phase]:
-        return _PLAIN[answer.phase]
-    body = answer.body
-    common = list[bytes]()
-    if body is not None and answer.phase is Phase.REQUEST_HEADERS:
-        common.append(_CONTINUE_AND_REPLACE)
+    phase, body, set_headers = answer.phase, answer.body, answer.set_headers
+    if not set_headers and answer == _PLAIN_ANSWERS[phase]:
+        return _PLAIN[phase]
+    if phase in _TRAILERS:
+        return _PLAIN[phase]
     mutation = [
-        _changing_option(name, value) if name in _CHANGING else _option(name, value)
-        for name, value in answer.set_headers
+        _changing_option(name, value) if name in _CHANGING else _option(name, value) for name, value in set_headers
     ]
     if body is not None:
-        mutation.append(_changing_option("content-length", str(len(body))))
+        mutation.append(_content_length(len(body)))
     if answer.remove_headers:
         mutation += [_field(2, name.encode()) for name in answer.remove_headers]
+    # From here on every part is joined once: bodies can be large.
+    common = list[bytes]()
+    if body is not None and phase is Phase.REQUEST_HEADERS:
+        common.append(_CONTINUE_AND_REPLACE)
     if mutation:
-        common.append(_field(2, b"".join(mutation)))
+        changes = b"".join(mutation)
+        common += (b"\x12", _varint(len(changes)), changes)
     if body is not None:
-        part = _field(1, body)
-        common += (b"\x1a", _varint(len(part)), part)
+        size = _varint(len(body))
+        common += (b"\x1a", _varint(1 + len(size) + len(body)), b"\x0a", size, body)
     if answer.pick_route_again:
         common.append(_CLEAR_ROUTE_CACHE)
-    inner = b"".join(common)
-    response = b"".join((b"\x0a", _varint(len(inner)), inner))
-    if answer.phase in {Phase.REQUEST_TRAILERS, Phase.RESPONSE_TRAILERS}:
-        response = b""
-    parts = [_TAGS[answer.phase], _varint(len(response)), response]
+    inner = sum(map(len, common))
+    size = _varint(inner)
+    parts = [_TAGS[phase], _varint(1 + len(size) + inner), b"\x0a", size, *common]
     if answer.skip_request_body:
         parts.append(_SKIP_REQUEST_BODY)
     if answer.want_response_body:
@@ -175,12 +188,9 @@ def _answer(answer: Answer) -> bytes:
 def _varint(value: int) -> bytes:
     if value < 0x80:
         return _BYTES[value]
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    if value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -194,6 +204,11 @@ def _changing_option(name: str, value: str) -> bytes:
     return _field(1, _field(1, header) + _OVERWRITE)
 
 
+@functools.lru_cache(maxsize=4096)
+def _content_length(length: int) -> bytes:
+    return _changing_option("content-length", str(length))
+
+
 _CHANGING = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent"})
 """Headers with a new value in each answer."""
 _option = functools.lru_cache(maxsize=4096)(_changing_option)
@@ -201,9 +216,8 @@ _BYTES = [bytes((value,)) for value in range(0x80)]
 _OVERWRITE = b"\x18" + _varint(HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
 _CONTINUE_AND_REPLACE = b"\x08" + _varint(CommonResponse.CONTINUE_AND_REPLACE)
 _CLEAR_ROUTE_CACHE = b"\x28\x01"
-_TAGS = {
-    phase: _varint(ProcessingResponse.DESCRIPTOR.fields_by_name[phase.name.lower()].number << 3 | 2) for phase in Phase
-}
+_TAGS = {phase: _varint(ProcessingResponse.DESCRIPTOR.fields_by_name[phase].number << 3 | 2) for phase in Phase}
+_TRAILERS = (Phase.REQUEST_TRAILERS, Phase.RESPONSE_TRAILERS)
 _PLAIN_ANSWERS = {phase: Answer(phase) for phase in Phase}
 
 
@@ -232,28 +246,23 @@ def _mutation(set_headers: Iterable[tuple[str, str]], remove_headers: Iterable[s
     )
 
 
-# An override replaces the whole mode, so each states all that is still to come.
-_SKIP_REQUEST_BODY = ProcessingResponse(
-    mode_override=ProcessingMode(
+def _override(response_body_mode: ProcessingMode.BodySendMode) -> bytes:
+    """A change of what Envoy sends. It replaces the whole mode, so it states all that is still to come."""
+    mode = ProcessingMode(
         request_header_mode=ProcessingMode.SEND,
         request_body_mode=ProcessingMode.NONE,
         request_trailer_mode=ProcessingMode.SKIP,
         response_header_mode=ProcessingMode.SEND,
-        response_body_mode=ProcessingMode.NONE,
+        response_body_mode=response_body_mode,
         response_trailer_mode=ProcessingMode.SEND,
     )
-).SerializeToString()
-_WANT_RESPONSE_BODY = ProcessingResponse(
-    mode_override=ProcessingMode(
-        request_header_mode=ProcessingMode.SEND,
-        request_body_mode=ProcessingMode.NONE,
-        request_trailer_mode=ProcessingMode.SKIP,
-        response_header_mode=ProcessingMode.SEND,
-        # Partial: a body beyond Envoy's buffer (1 MiB) comes cut off and goes on as it is; BUFFERED makes it a 500.
-        response_body_mode=ProcessingMode.BUFFERED_PARTIAL,
-        response_trailer_mode=ProcessingMode.SEND,
-    )
-).SerializeToString()
+    data: bytes = ProcessingResponse(mode_override=mode).SerializeToString()
+    return data
+
+
+_SKIP_REQUEST_BODY = _override(ProcessingMode.NONE)
+_WANT_RESPONSE_BODY = _override(ProcessingMode.BUFFERED_PARTIAL)
+"""Partial: a body beyond Envoy's buffer (1 MiB) comes cut off and goes on as it is; BUFFERED makes it a 500."""
 _plain_messages = {
     Phase.REQUEST_HEADERS: ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse())),
     Phase.REQUEST_BODY: ProcessingResponse(request_body=BodyResponse(response=CommonResponse())),

@@ -16,7 +16,7 @@ import uvloop
 
 from extproc.cli.logs import setup_logging
 from extproc.errors import ConfigError
-from extproc.memory import give_back_large_blocks
+from extproc.memory import give_back_large_blocks, spare_what_stays
 from extproc.processes import snapshot
 from extproc.processes.channel import Channel
 from extproc.processes.figures import samples_of
@@ -118,6 +118,7 @@ class _Follower:
         service, channel = self._service, self._channel
         try:
             async with service.serving():
+                spare_what_stays()
                 channel.send(Listening())
                 reporting = asyncio.create_task(self._report())
                 await self._ended.wait()

@@ -11,7 +11,7 @@ import uvloop
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
 from extproc.config import Config
-from extproc.memory import give_back_large_blocks
+from extproc.memory import give_back_large_blocks, spare_what_stays
 from extproc.server import Service
 
 logger = logging.getLogger("extproc")
@@ -35,6 +35,7 @@ async def _serve(config: Config) -> None:
     stop = stop_signal()
     service = Service(config)
     async with service.running() as addresses:
+        spare_what_stays()
         logger.info("ext_proc service on %s, metrics on %s/metrics", addresses.grpc, addresses.status)
         await stop.wait()
         await drain(service, stop, service.close)

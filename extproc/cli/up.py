@@ -14,7 +14,7 @@ from extproc.cli.serve import drain, stop_signal
 from extproc.config import Config
 from extproc.envoy_process import EnvoyError, EnvoyProcess, find_binary
 from extproc.errors import ConfigError
-from extproc.memory import give_back_large_blocks
+from extproc.memory import give_back_large_blocks, spare_what_stays
 from extproc.server import Service
 
 logger = logging.getLogger("extproc")
@@ -64,6 +64,7 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
                 config, admin="127.0.0.1:0", grpc_target=addresses.grpc, access_log=access_log
             )
             async with EnvoyProcess(envoy_config.to_yaml(bootstrap), binary=binary, concurrency=concurrency) as envoy:
+                spare_what_stays()
                 service.envoy_serves()
                 logger.info(
                     "gateway on http://%s:%d, metrics on %s/metrics", config.host, config.port, addresses.status

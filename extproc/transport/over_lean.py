@@ -112,11 +112,13 @@ class _Streams:
 
     def on_reset(self, stream: Stream) -> None:
         """The HTTP request is over."""
-        self._processor.ended(stream.state)
+        # A stream and its call know each other; parted, both are freed at once and not by the garbage collector.
+        call, stream.state = stream.state, None
+        self._processor.ended(call)
 
     def _end(self, stream: Stream, status: Status, details: str = "") -> None:
         stream.finish(status, details)
-        self._processor.ended(stream.state)
+        self.on_reset(stream)
 
 
 class _AccessLogs:
