@@ -5,9 +5,9 @@ over a client's own: JSON decoders (Python's, orjson, pydantic's) keep the last 
 Field names: SGLang 0.5.23, `GenerateReqInput` and the OpenAI request classes.
 """
 
+import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -51,8 +51,7 @@ Headers = tuple[tuple[str, str], ...]
 _EMPTY_OBJECT = re.compile(rb"\s*\{\s*\}")
 
 
-@dataclass(frozen=True, slots=True)
-class Mutation:
+class Mutation(msgspec.Struct, frozen=True, gc=False):
     """What both legs carry."""
 
     headers: Headers
@@ -67,23 +66,41 @@ class Mutation:
 def mutate(request: GenerationRequest, placement: Placement, body: bytes) -> Mutation:
     """Headers and both bodies for a placed request. `body` is the client's, already parsed as a JSON object."""
     prefill, decode = placement.prefill, placement.decode
-    bootstrap: dict[str, object] = {
-        "bootstrap_host": prefill.worker.bootstrap_host,
-        "bootstrap_port": prefill.worker.bootstrap_port,
-        "bootstrap_room": placement.room,
-    }
-    # A field that the client set and we do not is overridden with null, which an engine takes for absent.
-    fields = dict.fromkeys(request.client_fields) | bootstrap
-    prefill_fields = fields | _rank("routed_dp_rank", prefill)
-    if request.streams:
-        # A prefill engine has one token to stream, and once a stream has begun it cannot answer with an error status.
-        prefill_fields |= {"stream": False, "stream_options": None}
-    decode_fields = fields | _rank("routed_dp_rank", decode) | _rank("disagg_prefill_dp_rank", prefill)
+    bootstrap = prefill.worker.bootstrap_host, prefill.worker.bootstrap_port
+    ranks = prefill.dp_rank, decode.dp_rank
+    for_prefill, for_decode = _members(bootstrap, ranks, request.client_fields, request.streams)
+    room = b'"bootstrap_room":%d,' % placement.room
     return Mutation(
         headers=request_headers(placement),
-        decode_body=splice(body, decode_fields),
-        prefill_body=splice(body, prefill_fields),
+        decode_body=splice(body, room + for_decode),
+        prefill_body=splice(body, room + for_prefill),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _members(
+    bootstrap: tuple[str | None, int | None],
+    ranks: tuple[int | None, int | None],
+    client_fields: tuple[str, ...],
+    streams: bool,
+) -> tuple[bytes, bytes]:
+    """What is added to the body of the prefill leg and of the decode leg, but for the room.
+
+    The same for all requests of two ranks, so it is encoded once. `bootstrap`: host and port; `ranks`: the legs'.
+    """
+    # A field that the client set and we do not is overridden with null, which an engine takes for absent.
+    prefill: dict[str, object] = {name: None for name in client_fields if name != "bootstrap_room"}
+    prefill["bootstrap_host"], prefill["bootstrap_port"] = bootstrap
+    decode = dict(prefill)
+    prefill_rank, decode_rank = ranks
+    if prefill_rank is not None:
+        prefill["routed_dp_rank"] = decode["disagg_prefill_dp_rank"] = prefill_rank
+    if decode_rank is not None:
+        decode["routed_dp_rank"] = decode_rank
+    if streams:
+        # A prefill engine has one token to stream, and once a stream has begun it cannot answer with an error status.
+        prefill |= {"stream": False, "stream_options": None}
+    return msgspec.json.encode(prefill)[1:-1], msgspec.json.encode(decode)[1:-1]
 
 
 def mutate_headers(placement: Placement) -> Mutation:
@@ -109,17 +126,17 @@ def mutate_headers(placement: Placement) -> Mutation:
 def request_headers(placement: Placement) -> Headers:
     """The placement as request headers."""
     prefill, decode = placement.prefill, placement.decode
-    headers = [
+    headers: Headers = (
         (MODE, "pd"),
         (ROOM, str(placement.room)),
         (PREFILL_ENDPOINT, prefill.worker.endpoint or ""),
         (DECODE_ENDPOINT, decode.worker.endpoint or ""),
-    ]
+    )
     if prefill.dp_rank is not None:
-        headers.append((PREFILL_RANK, str(prefill.dp_rank)))
+        headers += ((PREFILL_RANK, str(prefill.dp_rank)),)
     if decode.dp_rank is not None:
-        headers.append((DECODE_RANK, str(decode.dp_rank)))
-    return tuple(headers)
+        headers += ((DECODE_RANK, str(decode.dp_rank)),)
+    return headers
 
 
 def response_headers(placement: Placement) -> Headers:
@@ -138,20 +155,19 @@ def explaining_headers(explanation: Explanation) -> Headers:
 
 def reserved(names: Iterable[str]) -> tuple[str, ...]:
     """Those of a request's header names (lower case, as Envoy gives them) that a client may not set."""
+    return _reserved(tuple(names))
+
+
+@functools.lru_cache(maxsize=1024)
+def _reserved(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith(RESERVED_PREFIXES) or name in RESERVED_NAMES)
 
 
-def splice(body: bytes, fields: dict[str, object]) -> bytes:
-    """A JSON object with `fields` added at its end; every byte of `body` is kept. `body` must be a valid object."""
+def splice(body: bytes, members: bytes) -> bytes:
+    """A JSON object with encoded `members` added at its end; every byte of `body` is kept, a valid object."""
     end = body.rindex(b"}")
     separator = b"" if _EMPTY_OBJECT.match(body) else b","
-    added = msgspec.json.encode(fields)[1:-1]
-    whole = memoryview(body)
-    return b"".join((whole[:end], separator, added, whole[end:]))
-
-
-def _rank(field: str, pick: Pick) -> dict[str, object]:
-    return {} if pick.dp_rank is None else {field: pick.dp_rank}
+    return b"".join((memoryview(body)[:end], separator, members, body[end:]))
 
 
 def _describe(pick: Pick) -> str:

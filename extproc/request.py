@@ -6,9 +6,9 @@ stay raw bytes: a 20 MB prompt is scanned once and never turned into Python obje
 
 import enum
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import Raw
@@ -104,6 +104,7 @@ class _Message(msgspec.Struct):
     content: str | list[_Part] | None = None
 
 
+_routing_fields = operator.attrgetter(*ROUTING_FIELDS)
 _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_sampling = msgspec.json.Decoder(_SamplingParams | list[_SamplingParams] | None).decode
 _decode_strings = msgspec.json.Decoder(list[str]).decode
@@ -112,8 +113,7 @@ _decode_texts = msgspec.json.Decoder(str | list[str]).decode
 _decode_messages = msgspec.json.Decoder(list[_Message]).decode
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class GenerationRequest(msgspec.Struct, frozen=True, gc=False):
     """One generation request, as far as placing it goes."""
 
     endpoint: Endpoint
@@ -126,7 +126,7 @@ class GenerationRequest:
     """What it may generate at most, all prompts together, or the default where it sets no limit."""
     client_fields: tuple[str, ...] = ()
     """Those of ROUTING_FIELDS that the client set, to be overridden."""
-    prompt: memoryview = field(default=memoryview(b""), compare=False, repr=False)
+    prompt: memoryview = memoryview(b"")
     """The prompt or messages as they stand in the body: JSON, undecoded. Equal prompts have equal bytes."""
     routing_key: str = ""
     """What the client wants requests of a kind to stick by (header ROUTING_KEY); empty: nothing."""
@@ -187,7 +187,7 @@ def parse(
         raise BadRequest(f"the request body is not valid JSON: {error}") from None
 
     per_prompt = sampling if isinstance(sampling, list) else [sampling] if sampling else []
-    if any((n or 1) > 1 for n in (fields.n, *(params.n for params in per_prompt))):
+    if (fields.n or 1) > 1 or any((params.n or 1) > 1 for params in per_prompt):
         raise BadRequest(
             "n > 1 is not supported with prefill/decode disaggregation (all samples would share one bootstrap room): "
             "send n separate requests",
@@ -201,16 +201,18 @@ def parse(
         tokens = _count(fields, prompt, estimator.count)
     if tokens is None:
         tokens = estimator.tokens(endpoint, fields.model, measured)
-    limits = [fields.max_completion_tokens, fields.max_tokens, *(params.max_new_tokens for params in per_prompt)]
-    output_tokens = next((number for raw in limits if (number := _number(raw)) is not None), DEFAULT_OUTPUT_TOKENS)
+    output_tokens = None
+    for limit in (fields.max_completion_tokens, fields.max_tokens, *[params.max_new_tokens for params in per_prompt]):
+        if limit and output_tokens is None:
+            output_tokens = _number(limit)
     return GenerationRequest(
         endpoint=endpoint,
         model=fields.model,
         batch_size=measured.prompts,
         prompt_tokens=tokens,
-        max_output_tokens=output_tokens * measured.prompts,
-        streams=bytes(fields.stream) not in {b"", b"false", b"null"},
-        client_fields=tuple(name for name in ROUTING_FIELDS if getattr(fields, name)),
+        max_output_tokens=(DEFAULT_OUTPUT_TOKENS if output_tokens is None else output_tokens) * measured.prompts,
+        streams=bool(fields.stream) and bytes(fields.stream) not in {b"false", b"null"},
+        client_fields=_client_fields(fields),
         prompt=memoryview(prompt),
         routing_key=routing_key,
         measured=measured if measured.text_bytes else None,
@@ -230,6 +232,11 @@ def unread(endpoint: Endpoint, length: int, routing_key: str, estimator: TokenEs
         measured=measured,
         opaque=True,
     )
+
+
+def _client_fields(fields: _Body) -> tuple[str, ...]:
+    values = _routing_fields(fields)
+    return tuple(name for name, value in zip(ROUTING_FIELDS, values, strict=True) if value) if any(values) else ()
 
 
 def _check_depth(body: bytes) -> None:

@@ -135,10 +135,10 @@ def _duration(seconds: float) -> Duration:
 
 def _headers(message: HttpHeaders) -> dict[str, str]:
     """Names to values; of a repeated name, the first value. Envoy fills `raw_value`, older ones `value`."""
-    headers: dict[str, str] = {}
-    for header in message.headers.headers:
-        headers.setdefault(header.key, header.raw_value.decode("latin-1") or header.value)
-    return headers
+    # Backwards, so that the first of a name is the last to be set.
+    return {
+        header.key: header.raw_value.decode("latin-1") or header.value for header in reversed(message.headers.headers)
+    }
 
 
 _RESPONSE_HEADERS = bytes((ProcessingRequest.DESCRIPTOR.fields_by_name["response_headers"].number << 3 | 2,))

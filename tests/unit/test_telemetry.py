@@ -1,8 +1,8 @@
 """Metrics and the log line."""
 
 import logging
-from dataclasses import replace
 
+from msgspec import structs
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -51,7 +51,7 @@ def test_one_log_line():
 
 
 def test_what_the_engine_counted_and_what_the_pick_was_made_by_are_in_the_line():
-    explained = replace(RECORD, counted_tokens=10, explanation=Explanation("p:1/1*=5@0.1", "d:1/0*=7@-"))
+    explained = structs.replace(RECORD, counted_tokens=10, explanation=Explanation("p:1/1*=5@0.1", "d:1/0*=7@-"))
     line = log_line(explained)
     assert " tokens=12 counted=10 " in line
     assert ' prefill_loads="p:1/1*=5@0.1" decode_loads="d:1/0*=7@-"' in line
@@ -60,7 +60,7 @@ def test_what_the_engine_counted_and_what_the_pick_was_made_by_are_in_the_line()
 def test_errors_of_estimates():
     telemetry = Telemetry(LoadTable([], lambda: 0.0), lambda: 0.0, lambda: 0)
     for counted in (10, 25, None):
-        telemetry.finished(replace(RECORD, counted_tokens=counted))
+        telemetry.finished(structs.replace(RECORD, counted_tokens=counted))
     found = samples(telemetry)
     name, endpoint = "extproc_prompt_estimate_ratio", ("endpoint", "/generate")
     assert found[f"{name}_count", endpoint] == 2
@@ -77,7 +77,7 @@ def test_metrics_of_attempts_scrapes_and_the_table(caplog):
     with caplog.at_level(logging.INFO):
         telemetry.finished(RECORD)
     assert "room=7" in caplog.text
-    telemetry.finished(replace(RECORD, attempt=2, outcome=Outcome.DECODE_FAILED, decode_end=LegEnd.FAILED))
+    telemetry.finished(structs.replace(RECORD, attempt=2, outcome=Outcome.DECODE_FAILED, decode_end=LegEnd.FAILED))
     telemetry.scraped("p:1", 0.01, failed=False)
     telemetry.scraped("d:1", 5.0, failed=True)
     found = samples(telemetry)

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.cli import main
@@ -151,21 +151,23 @@ def test_the_first_look_is_since_the_start_and_so_is_one_after_a_restart_or_a_pa
 
 def test_the_service_remembers_its_last_decisions_and_no_bad_requests():
     telemetry = Telemetry(LoadTable([], lambda: 0.0), lambda: 0.0, lambda: 0)
-    telemetry.finished(replace(RECORD, outcome=Outcome.REFUSED, status=400, placement=None, reason="BadRequest(x)"))
-    telemetry.finished(replace(RECORD, placement=None, direct_worker="d:1", endpoint="other"))
+    telemetry.finished(
+        structs.replace(RECORD, outcome=Outcome.REFUSED, status=400, placement=None, reason="BadRequest(x)")
+    )
+    telemetry.finished(structs.replace(RECORD, placement=None, direct_worker="d:1", endpoint="other"))
     assert not telemetry.decisions
     for number in range(KEPT_DECISIONS + 5):
-        telemetry.finished(replace(RECORD, request_id=str(number)))
-    telemetry.finished(replace(RECORD, outcome=Outcome.NO_WORKER, status=503, placement=None))
+        telemetry.finished(structs.replace(RECORD, request_id=str(number)))
+    telemetry.finished(structs.replace(RECORD, outcome=Outcome.NO_WORKER, status=503, placement=None))
     kept = [record.request_id for record in telemetry.decisions]
     assert kept == [*(str(number) for number in range(6, KEPT_DECISIONS + 5)), "abc"]
 
 
 def test_decisions_are_told_newest_first_with_what_is_known():
-    ended = [RECORD, replace(RECORD, request_id="long", duration_s=60.0, started_s=37.0)]
-    running = replace(RECORD, request_id="now", started_s=98.0, response_headers_s=None, attempt=2)
+    ended = [RECORD, structs.replace(RECORD, request_id="long", duration_s=60.0, started_s=37.0)]
+    running = structs.replace(RECORD, request_id="now", started_s=98.0, response_headers_s=None, attempt=2)
     why = Explanation("p:1/1*=5@0.1", "d:1/0*=7@-")
-    explained = replace(RECORD, request_id="why", started_s=97.5, explanation=why)
+    explained = structs.replace(RECORD, request_id="why", started_s=97.5, explanation=why)
     told = describe_decisions([*ended, explained], [running], now_s=100.0)["decisions"]
     assert [(each["request_id"], each["age_s"], each["outcome"]) for each in told] == [
         ("now", 2.0, "running"),
@@ -182,7 +184,7 @@ def test_decisions_are_told_newest_first_with_what_is_known():
 
 
 def test_a_clients_request_id_cannot_command_a_terminal():
-    told = describe_decisions([replace(RECORD, request_id="\x1b[2J\u202eé" + "x" * 100)], [], 90.0)
+    told = describe_decisions([structs.replace(RECORD, request_id="\x1b[2J\u202eé" + "x" * 100)], [], 90.0)
     assert told["decisions"][0]["request_id"] == "?[2J??" + "x" * 58
 
 
