@@ -131,7 +131,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     balance_rel_threshold: Factor = 1.5
     eviction_interval_secs: Seconds = 60
     max_tree_size: Count = 64 * MIB
-    """Bytes of the prefix tree of each role, everything counted (there: characters of text)."""
+    """Memory that the prefix tree of each role may take, objects included (there: characters of text, of each worker)."""
     bucket_adjust_interval_secs: Seconds = 5
     prefix_token_count: Count = 256
     prefix_hash_load_factor: Factor = 1.25
@@ -141,9 +141,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     worker_load_check_interval: Seconds = 10
     worker_load_check_timeout: Seconds = 5
-    metrics_paths: tuple[str, ...] = ("/v1/loads?format=prometheus", "/metrics")
-    """Tried in this order until one gives per-rank loads. `/v1/loads` first: a tenth of the size, always on, with what
-    is queued and when it was taken, and fresher: gauges on `/metrics` may stand for 30 s on an idle rank."""
+    metrics_paths: tuple[str, ...] = ("/v1/loads?include=core", "/metrics")
+    """Tried in this order until one gives per-rank loads, as JSON or Prometheus text. `/v1/loads` first: a fortieth of
+    the size, always on, with what is queued and when it was taken, and fresher: gauges on `/metrics` may stand for 30 s
+    on an idle rank."""
 
     worker_startup_check_interval: Seconds = 30
     worker_startup_timeout_secs: Seconds = 1800

@@ -1,17 +1,17 @@
 """Many delays of the same length with one timer of the event loop."""
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
-Key = TypeVar("Key", bound=Hashable)
+Key = TypeVar("Key")
 
 SLACK = 1 / 16
 """Share of the delay that a call may be late, so that one turn of the loop serves many."""
 
 
 class Delays(Generic[Key]):
-    """Tells of each key when it has been in here for `after_s`, unless it is taken out before.
+    """Tells of each key (hashable) when it has been in here for `after_s`, unless it is taken out before.
 
     Keys of one length are due in the order they came, so a dict is their queue; each would otherwise be an object of
     the loop's own, made with every request and nearly always called off.

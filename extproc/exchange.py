@@ -17,15 +17,10 @@ Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | 
 """
 
 import enum
-import itertools
 import json
-from collections import OrderedDict
-from collections.abc import Callable
 
-from extproc.config import Config
-from extproc.direct import DirectPaths
-from extproc.errors import BadRequest, ConfigError, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
-from extproc.estimate import Prompt, TokenEstimator
+from extproc.errors import BadRequest, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
+from extproc.estimate import Prompt
 from extproc.events import (
     Answer,
     Broken,
@@ -49,14 +44,14 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.load import Lease, LoadTable
+from extproc.gateway import Gateway
+from extproc.load import Lease
 from extproc.model import Placement
 from extproc.mutation import (
     DECODE_ENDPOINT,
     MODE,
     PREFILL_ENDPOINT,
     RETRY,
-    ROOM,
     Headers,
     Mutation,
     explaining_headers,
@@ -76,11 +71,9 @@ from extproc.request import (
     split_path,
     unread,
 )
-from extproc.schedule import Scheduled, Scheduler
-from extproc.trace_context import Begin, Trace
+from extproc.schedule import Scheduled
+from extproc.trace_context import Trace
 from extproc.usage import counted_tokens, is_readable
-
-Clock = Callable[[], float]
 
 RETRY_AFTER_S = 1
 """`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
@@ -103,9 +96,6 @@ busy machine Envoy's two streams are several apart: with 5 ms a 4xx was retried 
 
 REASON_S = 1.0
 """How long it then waits for the body of prefill's 4xx, which an engine sends together with its headers."""
-
-MAX_REMEMBERED_FAILURES = 4096
-"""Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
 
 READ_HEADERS = (
     ":method",
@@ -183,89 +173,6 @@ class ProtocolViolation(Exception):
     """Envoy sent something that its configuration rules out; says what to look at."""
 
 
-class Gateway:
-    """What exchanges share: configuration, scheduler, and the exchanges that are open, by room."""
-
-    def __init__(
-        self,
-        config: Config,
-        table: LoadTable,
-        scheduler: Scheduler,
-        clock: Clock,
-        estimator: TokenEstimator | None = None,
-        *,
-        begin_trace: Begin | None = None,
-    ) -> None:
-        """`begin_trace` gives every attempt its place in a trace; None: there are no traces."""
-        self.config = config
-        self.estimator = estimator or TokenEstimator()
-        self.table = table
-        self.scheduler = scheduler
-        self.clock = clock
-        self.begin_trace = begin_trace
-        self.marks: Headers = ()
-        """Request headers that every placed request gets."""
-        self.tell_blame: Callable[[str, str], None] | None = None
-        """Lets other processes know whom a request blames."""
-        self.models = config.models()
-        self.direct_paths = DirectPaths(config.direct_paths)
-        self.opaque = _opaque_endpoints(config, scheduler)
-        """Endpoints whose bodies are not read."""
-        self._open: dict[int, Exchange] = {}
-        self._failed_workers: OrderedDict[str, set[str]] = OrderedDict()
-
-    @property
-    def open_rooms(self) -> int:
-        """Placed exchanges that have not finished."""
-        return len(self._open)
-
-    @property
-    def expecting(self) -> bool:
-        """Whether a placed request's prefill stream is still to come."""
-        return any(exchange.prefill_state is PrefillState.EXPECTED for exchange in self._open.values())
-
-    def find(self, headers: RequestHeaders) -> "Exchange | None":
-        """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
-        exchange = self._open.get(number(headers.headers.get(ROOM, "")) or -1)
-        return exchange if exchange and exchange.prefill_state is PrefillState.EXPECTED else None
-
-    def broken(self, room: int) -> "Exchange | None":
-        """The exchange that an entry of the access log is about, if it is open."""
-        return self._open.get(room)
-
-    def opened(self, room: int, exchange: "Exchange") -> None:
-        """Enter a placed exchange."""
-        self._open[room] = exchange
-
-    def closed(self, room: int) -> None:
-        """Forget an exchange that has finished."""
-        del self._open[room]
-
-    def blame(self, request_id: str, worker_name: str) -> None:
-        """Remember a worker that failed a request, for the request's next attempt."""
-        if request_id and self.tell_blame is not None:
-            self.tell_blame(request_id, worker_name)
-        self.apply_blame(request_id, worker_name)
-
-    def apply_blame(self, request_id: str, worker_name: str) -> None:
-        """The same for what another process told."""
-        if request_id:
-            self._failed_workers.setdefault(request_id, set()).add(worker_name)
-            if len(self._failed_workers) > MAX_REMEMBERED_FAILURES:
-                self._failed_workers.popitem(last=False)
-
-    def blamed(self, request_id: str) -> set[str]:
-        """Workers that failed earlier attempts of a request."""
-        return self._failed_workers.get(request_id, set())
-
-    def running(self, limit: int) -> list[Finished]:
-        """What is known by now of the placed exchanges that have not finished, the latest first; for people to look at.
-
-        Their `outcome` says nothing yet.
-        """
-        return [exchange.record() for exchange in itertools.islice(reversed(self._open.values()), limit)]
-
-
 class Exchange:
     """One attempt of one request. Made when its route stream opens."""
 
@@ -313,6 +220,11 @@ class Exchange:
         """For logs of bugs and for failing tests; holds nothing of the request's content."""
         room = self._scheduled.placement.room if self._scheduled else None
         return f"<Exchange room={room} route={self.route_state.name} prefill={self.prefill_state.name}>"
+
+    @property
+    def awaits_prefill(self) -> bool:
+        """Its prefill stream is still to come."""
+        return self.prefill_state is PrefillState.EXPECTED
 
     # The route leg
 
@@ -738,18 +650,6 @@ class Exchange:
             dispatched_s=self._dispatched_s - self._started_s if self._dispatched_s is not None else None,
             trace=self._trace,
         )
-
-
-def _opaque_endpoints(config: Config, scheduler: Scheduler) -> frozenset[Endpoint]:
-    """Where placements travel in headers. Raises ConfigError when they are to, and a policy needs the body."""
-    honoured = frozenset({Endpoint.GENERATE, Endpoint.CHAT})  # SGLang 0.5.23 reads them on these two
-    needs_body = scheduler.reads_prompts or config.tokenizer_path is not None
-    if config.injection == "headers":
-        if needs_body:
-            raise ConfigError("injection: headers: the policy or tokenizer_path needs prompts: use auto or body")
-        return honoured
-    able = all(worker.header_overrides for worker in (*config.prefill, *config.decode))
-    return honoured if config.injection == "auto" and able and not needs_body else frozenset()
 
 
 def refuse_prefill() -> Send:

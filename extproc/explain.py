@@ -6,8 +6,9 @@ and what they have compared is read off it after each pick. Policies know nothin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from extproc.load import RankState, WorkerState
+from extproc.load import WorkerState
 from extproc.load_model import LoadModel
 
 MAX_LENGTH = 1024
@@ -29,14 +30,10 @@ class Recorder:
     loads: LoadModel
     compared: list[WorkerState] = field(default_factory=list)
 
-    def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
-        """Load of each rank, in tokens."""
-        return self.loads.rank_tokens(ranks)
-
-    def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
-        """Load of each worker, in tokens."""
+    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
+        """Load of each worker's ranks, in tokens."""
         self.compared.extend(states)
-        return self.loads.worker_tokens(states)
+        return self.loads.rank_tokens(states)
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker."""
@@ -58,7 +55,7 @@ def describe(loads: LoadModel, chosen: tuple[WorkerState, int], compared: Sequen
     state, dp_rank = chosen
     states = list(dict.fromkeys((state, *compared)))
     ranks = [(each, rank) for each in states for rank in each.ranks]
-    tokens = loads.rank_tokens([rank for _, rank in ranks])
+    tokens = chain.from_iterable(loads.rank_tokens(states))
     text = ""
     for number, ((of_worker, rank), load) in enumerate(zip(ranks, tokens, strict=True)):
         mark = "*" if of_worker is state and rank.dp_rank == dp_rank else ""

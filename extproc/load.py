@@ -7,10 +7,12 @@ locks: a pick and its charge are one step. Only writers: `worker_changed` (healt
 """
 
 import math
-from collections import deque
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from extproc.circuit import NO_LIMITS, Circuit, CircuitLimits, CircuitState
 from extproc.model import RankLoad, Role, Worker
@@ -27,8 +29,10 @@ DEFAULT_OUTPUT_TOKENS = 128
 FIRST_LIFETIME_S = 1.0
 """A lease's lifetime before there was any, in the order of a short request's."""
 
-MAX_CHANGES = 4096
-"""Changes of a rank's ledger that are kept: more than come between two scrapes of a rank, and 200 KB at most."""
+MAX_CHANGES = 512
+"""Changes of a rank's ledger that are kept, those of 256 requests: more than come to a rank between the moment an
+engine takes its figures and their arrival. 8 KB a rank, which stay where they are: in a heap that is full of prompts,
+blocks that grow and shrink leave gaps of ten times that."""
 
 CLOCK_DRIFT = 1e-4
 """Seconds a second that two hosts' clocks may drift apart; NTP keeps them within 500 ppm, usually far better."""
@@ -50,10 +54,15 @@ class RankState:
     outstanding_requests: int = 0
     leases: "dict[Lease, None]" = field(default_factory=dict)
     """The open leases, oldest first (a dict keeps the order and removes in O(1))."""
+    oldest: "Lease | None" = None
+    """The first of them."""
     serving_since_s: float = 0.0
     """When the oldest lease can have come to be served: its charge, or the release of the one before."""
-    changes: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
-    """The ledger's recent changes, (when, tokens): what it was at an earlier moment can be told from them."""
+    changes: "array[float]" = field(default_factory=lambda: array("d"))
+    """The ledger's recent changes, when and tokens by turns: what it was at an earlier moment can be told from them. A
+    ring: when it is full, the next one takes the place of the oldest."""
+    changes_made: int = 0
+    """Ever; modulo MAX_CHANGES, where the next one goes."""
     tokens_per_s: float | None = None
     """Measured speed: by the engine's counters where it has them, else by the ledger; None while not known."""
     counted: bool = False
@@ -72,9 +81,9 @@ class RankState:
 
     def done_tokens(self, now_s: float) -> float:
         """What a prefill rank has done of its oldest prompt; not more than that prompt: it would have been answered."""
-        if not self.leases or self.tokens_per_s is None or self.role is not Role.PREFILL:
+        if self.oldest is None or self.tokens_per_s is None or self.role is not Role.PREFILL:
             return 0.0
-        return min(next(iter(self.leases)).tokens, self.tokens_per_s * (now_s - self.serving_since_s))
+        return min(self.oldest.tokens, self.tokens_per_s * (now_s - self.serving_since_s))
 
     def news_weight(self, now_s: float) -> float:
         """How much of what the engine last reported is still there, from 1 to 0."""
@@ -82,12 +91,29 @@ class RankState:
 
     def outstanding_at(self, then_s: float) -> float:
         """What the ledger was at an earlier moment, in tokens; of moments too long ago, the oldest known."""
-        tokens = self.outstanding_tokens
-        for when_s, change in reversed(self.changes):
-            if when_s <= then_s:
+        tokens, changes = self.outstanding_tokens, self.changes
+        for number in range(self.changes_made - 1, max(0, self.changes_made - MAX_CHANGES) - 1, -1):
+            at = 2 * (number % MAX_CHANGES)
+            if changes[at] <= then_s:
                 break
-            tokens -= change
+            tokens -= changes[at + 1]
         return tokens
+
+    @property
+    def changed_at_s(self) -> float:
+        """When the ledger was last changed."""
+        return self.changes[2 * ((self.changes_made - 1) % MAX_CHANGES)] if self.changes_made else -math.inf
+
+    def note_change(self, at_s: float, tokens: float) -> None:
+        """Remember that the ledger was changed by so much."""
+        changes, at = self.changes, 2 * (self.changes_made % MAX_CHANGES)
+        if at == len(changes):
+            changes.append(at_s)
+            changes.append(tokens)
+        else:
+            changes[at] = at_s
+            changes[at + 1] = tokens
+        self.changes_made += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +132,7 @@ class WorkerState:
     """What to add to the engine's clock to get the service's; the delay of the fastest scrape is in it."""
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """A charge on a rank. Held by one exchange, released exactly once by `LoadTable.release`."""
 
     state: WorkerState
@@ -300,16 +325,17 @@ class LoadTable:
 
     def _charge(self, lease: Lease, prompt_tokens: float) -> None:
         rank, state, at_s = lease.rank, lease.state, lease.charged_at_s
-        if not rank.leases:
-            rank.serving_since_s = at_s
+        if rank.oldest is None:
+            rank.oldest, rank.serving_since_s = lease, at_s
         rank.leases[lease] = None
         rank.charged_tokens += prompt_tokens
         rank.outstanding_tokens += lease.tokens
         rank.outstanding_requests += 1
-        rank.changes.append((at_s, lease.tokens))
+        rank.note_change(at_s, lease.tokens)
         state.in_flight += 1
         self.in_flight[state.worker.role] += 1
-        state.circuit.sent()
+        if self._tripped:  # to a closed one it means nothing
+            state.circuit.sent()
 
     def release(self, lease: Lease, failed: bool | None = False, *, judge: bool = True) -> None:
         """Give a lease back; a second time does nothing.
@@ -336,18 +362,18 @@ class LoadTable:
             self._learn_output(lease, lease.after.released_at_s)
         lease.after = None
         rank.lifetime_s += LEARN * (now_s - lease.charged_at_s - rank.lifetime_s)
-        if next(iter(rank.leases)) is lease:
+        del rank.leases[lease]
+        if rank.oldest is lease:
             if failed is False:
                 rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
                 rank.work_tokens = (1 - LEARN) * rank.work_tokens + lease.tokens
                 if not rank.counted and rank.busy_s > 0:
                     rank.tokens_per_s = rank.work_tokens / rank.busy_s
-            rank.serving_since_s = now_s
-        del rank.leases[lease]
+            rank.oldest, rank.serving_since_s = next(iter(rank.leases), None), now_s
         rank.outstanding_requests -= 1
         # Float sums of the same terms in another order can leave a remainder: an idle rank has exactly 0.
         rank.outstanding_tokens = max(0.0, rank.outstanding_tokens - lease.tokens) if rank.leases else 0.0
-        rank.changes.append((now_s, -lease.tokens))
+        rank.note_change(now_s, -lease.tokens)
         lease.state.in_flight -= 1
         self.in_flight[lease.state.worker.role] -= 1
 
@@ -397,4 +423,4 @@ class LoadTable:
 def _not_before(rank: RankState, at_s: float) -> float:
     """A moment in another process, or that of the ledger's latest change, which is microseconds to milliseconds later:
     changes are looked up by time, so they have to be in order."""
-    return max(at_s, rank.changes[-1][0]) if rank.changes else at_s
+    return max(at_s, rank.changed_at_s)

@@ -4,23 +4,27 @@ Reads the load table, never writes. `scraped` is the rule of the existing gatewa
 """
 
 from collections.abc import Callable, Sequence
+from math import exp, inf, log
 from typing import Protocol
 
 from extproc.errors import ConfigError
-from extproc.load import RankState, WorkerState
+from extproc.load import WorkerState
+from extproc.model import Role
 
 STALE_WEIGHT = 0.02
 """Figures that have faded to this (four request lifetimes) say nothing any more."""
+
+STALE_AGE = -log(STALE_WEIGHT)
+"""The same as an age in request lifetimes."""
+
+PREFILL = Role.PREFILL
 
 
 class LoadModel(Protocol):
     """Tokens on each of several candidates. They are rated together, since they must be comparable."""
 
-    def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
-        """Load of each rank, in tokens."""
-
-    def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
-        """Load of each worker, in tokens: the sum over its ranks."""
+    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
+        """Load of each worker's ranks, in tokens."""
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker, in seconds, or in anything in proportion to that.
@@ -36,22 +40,21 @@ class Scraped:
     compared by what was sent alone, as a rank is not idle because nobody asked it.
     """
 
-    def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
-        """Load of each rank, in tokens."""
-        scraped = [rank.scraped.used_tokens for rank in ranks if rank.scraped and rank.scraped.used_tokens is not None]
-        if len(scraped) < len(ranks):
-            return [rank.charged_tokens for rank in ranks]
-        return [used + rank.charged_tokens for used, rank in zip(scraped, ranks, strict=True)]
-
-    def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
-        """Load of each worker, in tokens."""
-        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
-        return [sum(next(tokens) for _ in state.ranks) for state in states]
+    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
+        """Load of each worker's ranks, in tokens."""
+        loads = []
+        for state in states:
+            tokens = []
+            for rank in state.ranks:
+                if rank.scraped is None or rank.scraped.used_tokens is None:
+                    return [[each.charged_tokens for each in one.ranks] for one in states]
+                tokens.append(rank.scraped.used_tokens + rank.charged_tokens)
+            loads.append(tokens)
+        return loads
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """Tokens on the least loaded rank: this rule knows no speeds."""
-        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
-        return [min(next(tokens) for _ in state.ranks) for state in states]
+        return list(map(min, self.rank_tokens(states)))
 
 
 class Live:
@@ -68,41 +71,73 @@ class Live:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
 
-    def rank_tokens(self, ranks: Sequence[RankState]) -> list[float]:
-        """Load of each rank, in tokens."""
-        # One loop, and nothing worked out that is not needed: with 8 ranks a worker this is most of a decision.
+    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
+        """Load of each worker's ranks, in tokens."""
         now_s = self._clock()
-        ledger, corrected, fresh = list[float](), list[float](), True
-        for rank in ranks:
-            tokens = rank.outstanding_tokens
-            if tokens:
-                tokens -= rank.done_tokens(now_s)
-            ledger.append(tokens)
-            if fresh:
-                weight = rank.news_weight(now_s)
-                fresh = weight >= STALE_WEIGHT
-                corrected.append(max(0.0, tokens + weight * rank.foreign_tokens))
-        return corrected if fresh else ledger
-
-    def worker_tokens(self, states: Sequence[WorkerState]) -> list[float]:
-        """Load of each worker, in tokens."""
-        tokens = iter(self.rank_tokens([rank for state in states for rank in state.ranks]))
-        return [sum(next(tokens) for _ in state.ranks) for state in states]
+        ledger = _ledger(states, now_s)
+        return _corrected(states, ledger, now_s) or ledger
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
-        ranks = [rank for state in states for rank in state.ranks]
-        waits = self.rank_tokens(ranks)
-        known = [rank.tokens_per_s for rank in ranks if rank.tokens_per_s]
-        if known:
-            usual = sum(known) / len(known)
-            waits = [tokens / (rank.tokens_per_s or usual) for tokens, rank in zip(waits, ranks, strict=True)]
-        drains, first = list[float](), 0
-        for state in states:
-            last = first + len(state.ranks)
-            drains.append(min(waits[first:last]))
-            first = last
+        drains = []
+        usual = 0.0
+        for state, loads in zip(states, self.rank_tokens(states), strict=True):
+            least_s = inf
+            for rank, tokens in zip(state.ranks, loads, strict=True):
+                if not tokens:  # whatever its speed
+                    least_s = 0.0
+                    break
+                wait_s = tokens / (rank.tokens_per_s or usual or (usual := _usual_speed(states)))
+                if wait_s < least_s:  # noqa: PLR1730 - a call of min() is twice the time
+                    least_s = wait_s
+            drains.append(least_s)
         return drains
+
+
+def _usual_speed(states: Sequence[WorkerState]) -> float:
+    """The mean of the ranks' speeds, for those of which it is not known; 1 while none is, as then only tokens count."""
+    known = [rank.tokens_per_s for state in states for rank in state.ranks if rank.tokens_per_s]
+    return sum(known) / len(known) if known else 1.0
+
+
+def _ledger(states: Sequence[WorkerState], now_s: float) -> list[list[float]]:
+    """Each rank's open leases, less what is done of them (`RankState.done_tokens`, written out: this is most of a
+    decision)."""
+    ledger = []
+    for state in states:
+        loads = []
+        for rank in state.ranks:
+            tokens = rank.outstanding_tokens
+            if tokens and rank.role is PREFILL:
+                oldest, speed = rank.oldest, rank.tokens_per_s
+                if oldest is not None and speed is not None:
+                    done = speed * (now_s - rank.serving_since_s)
+                    tokens -= done if done < oldest.tokens else oldest.tokens
+            loads.append(tokens)
+        ledger.append(loads)
+    return ledger
+
+
+def _corrected(
+    states: Sequence[WorkerState], ledger: Sequence[Sequence[float]], now_s: float
+) -> list[list[float]] | None:
+    """The ledger and what engines had besides, as far as it has not faded (`RankState.news_weight`); None while one of
+    the ranks has no figures, or old ones."""
+    corrected = []
+    for state, ledger_loads in zip(states, ledger, strict=True):
+        loads = []
+        for rank, ledger_load in zip(state.ranks, ledger_loads, strict=True):
+            if rank.news_at_s is None:
+                return None
+            age = (now_s - rank.news_at_s) / rank.lifetime_s
+            if age > STALE_AGE:
+                return None
+            load, foreign = ledger_load, rank.foreign_tokens
+            if foreign:
+                load += foreign * exp(-age) if age > 0 else foreign
+            loads.append(load if load > 0 else 0.0)
+        corrected.append(loads)
+    return corrected
 
 
 LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}

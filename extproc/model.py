@@ -6,6 +6,8 @@ No I/O, no behaviour beyond what the types mean. Nothing here knows Envoy's or S
 import enum
 from dataclasses import dataclass
 
+import msgspec
+
 
 class Role(enum.StrEnum):
     """What a worker does in PD disaggregation."""
@@ -43,8 +45,7 @@ class Worker:
         return self.dp_size or 1
 
 
-@dataclass(frozen=True, slots=True)
-class RankLoad:
+class RankLoad(msgspec.Struct, frozen=True, gc=False):
     """What an engine reported about one DP rank in one scrape; None where it did not say.
 
     All in tokens or requests. `snapshot_s` is the engine's own clock (Unix seconds) when it took the figures;
@@ -70,8 +71,7 @@ class RankLoad:
     snapshot_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
+class Pick(msgspec.Struct, frozen=True):
     """One leg's destination: the worker, and the DP rank on it."""
 
     worker: Worker
@@ -79,8 +79,7 @@ class Pick:
     """The rank to ask the engine for; None: the engine decides (one rank, unknown, or switched off)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """Where one attempt of one request goes: both legs and the room they meet in."""
 
     prefill: Pick

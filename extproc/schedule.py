@@ -5,7 +5,8 @@ No I/O, no `await`: what it picks is charged before the next request is looked a
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from extproc.config import Config
 from extproc.errors import NoWorker, Overloaded
@@ -18,8 +19,7 @@ from extproc.request import GenerationRequest
 from extproc.rooms import Rooms
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(msgspec.Struct, frozen=True):
     """A placement and what it has charged."""
 
     placement: Placement
@@ -73,8 +73,9 @@ class Scheduler:
         # Where the engine decides, it goes by the room, modulo its ranks.
         prefill_charged = room % len(prefill.ranks) if prefill_rank is None else prefill_rank
         decode_charged = room % len(decode.ranks) if decode_rank is None else decode_rank
-        self._check_room_for(request, prefill, prefill_charged)
-        self._check_room_for(request, decode, decode_charged)
+        if self._max_tokens is not None:
+            self._check_room_for(request, prefill, prefill_charged, self._max_tokens)
+            self._check_room_for(request, decode, decode_charged, self._max_tokens)
         explanation = None
         if recorder:
             now_s = self._table.clock()
@@ -125,12 +126,10 @@ class Scheduler:
             return [state for state in states if state.worker.name not in avoid] or states
         return states
 
-    def _check_room_for(self, request: GenerationRequest, state: WorkerState, dp_rank: int) -> None:
+    def _check_room_for(self, request: GenerationRequest, state: WorkerState, dp_rank: int, most_tokens: int) -> None:
         """Raise Overloaded when the request would put more on the rank than is allowed; on an idle rank it may."""
-        if self._max_tokens is None:
-            return
-        tokens = self.loads.rank_tokens(state.ranks)[dp_rank]
-        if tokens > 0 and tokens + request.prompt_tokens > self._max_tokens:
+        (loads,) = self.loads.rank_tokens((state,))
+        if loads[dp_rank] > 0 and loads[dp_rank] + request.prompt_tokens > most_tokens:
             raise Overloaded(f"the {state.worker.role} workers have as many tokens as they may have: try again later")
 
     def _pick(self, role: Role, request: GenerationRequest, avoid: Collection[str]) -> tuple[WorkerState, int | None]:

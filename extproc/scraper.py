@@ -5,6 +5,7 @@ failed is reported as failed, and what was known before stays known to whoever k
 """
 
 import asyncio
+import functools
 import logging
 import random
 import time
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from extproc import loads_json, loads_text
 from extproc.config import Config, WorkerConfig
 from extproc.discovery.fetch import Client, FetchError, fetch
 from extproc.discovery.tasks import WorkerTasks
-from extproc.loads_text import parse_loads
 from extproc.model import RankLoad, Role, Worker
 
 log = logging.getLogger(__name__)
 
 FIRST_SCRAPE_WITHIN_S = 1.0
 """First scrapes are spread over this time (or one interval, if shorter): soon, but not all workers in one instant."""
+
+KEPT_URLS = 8192
+"""URLs whose host is remembered: one or two a worker."""
 
 Headers = Callable[[str], Mapping[str, str]]
 """Worker name -> headers for requests to its host (a bearer token, say)."""
@@ -188,7 +192,7 @@ async def read_loads(
     for url in urls:
         at_s = clock()
         try:
-            own = headers if urlsplit(url).hostname == urlsplit(f"//{worker}").hostname else None
+            own = headers if _is_at(url, worker) else None
             scrape = Scrape(url, await _loads_at(client, url, timeout_s, own), at_s)
         except FetchError as error:
             wrong.append(f"{url}: {error}")
@@ -209,10 +213,17 @@ async def _loads_at(
         raise FetchError(f"status {answer.status}")
     if answer.content_type == "text/html":
         raise FetchError("an HTML page, not metrics")
-    loads = parse_loads(answer.body)
+    is_json = answer.content_type == "application/json"
+    loads = loads_json.parse_loads(answer.body) if is_json else loads_text.parse_loads(answer.body)
     if not loads:
         raise FetchError("no SGLang load figures on the page")
     return loads
+
+
+@functools.lru_cache(maxsize=KEPT_URLS)
+def _is_at(url: str, worker: str) -> bool:
+    """Whether a URL leads to the host of a worker (`host:port`)."""
+    return urlsplit(url).hostname == urlsplit(f"//{worker}").hostname
 
 
 def _absolute(base_url: str, place: str) -> str:

@@ -21,7 +21,7 @@ from extproc.discovery.health import HealthMonitor, entries
 from extproc.errors import ConfigError
 from extproc.estimate import TokenEstimator
 from extproc.events import Finished
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
 from extproc.mutation import PROCESS

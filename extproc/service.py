@@ -11,7 +11,8 @@ from typing import Protocol
 from extproc import wire
 from extproc.delays import Delays
 from extproc.events import Effect, Ended, Finished, Leg, Linger, RequestHeaders, Send, Wake, Woken
-from extproc.exchange import Exchange, Gateway, refuse_prefill
+from extproc.exchange import Exchange, refuse_prefill
+from extproc.gateway import Attempt, Gateway
 
 LEG_METADATA = "x-pd-leg"
 """gRPC metadata by which Envoy's two filters say which leg a stream is for (`initial_metadata` of its grpc_service)."""
@@ -34,7 +35,7 @@ class Call:
 
     __slots__ = ("exchange", "leg", "outlet")
 
-    def __init__(self, leg: Leg, outlet: Outlet, exchange: Exchange | None) -> None:
+    def __init__(self, leg: Leg, outlet: Outlet, exchange: Attempt | None) -> None:
         self.leg = leg
         self.outlet = outlet
         self.exchange = exchange
@@ -48,8 +49,8 @@ class ExternalProcessor:
         """`finished` is told of every attempt that is over."""
         self._gateway = gateway
         self._finished = finished
-        self._calls: dict[Leg, dict[Exchange, Call]] = {leg: {} for leg in Leg}
-        self._lingering: dict[float, Delays[Exchange]] = {}
+        self._calls: dict[Leg, dict[Attempt, Call]] = {leg: {} for leg in Leg}
+        self._lingering: dict[float, Delays[Attempt]] = {}
         self._waking: dict[float, Delays[Call]] = {}
         """Both by their length in seconds, of which there are a few."""
         self._moved: asyncio.Future[None] | None = None
@@ -117,13 +118,13 @@ class ExternalProcessor:
 
     # Inside
 
-    def _join(self, call: Call, exchange: Exchange) -> Call:
+    def _join(self, call: Call, exchange: Attempt) -> Call:
         call.exchange = exchange
         self._calls[call.leg][exchange] = call
         self._idle.clear()
         return call
 
-    def _apply(self, exchange: Exchange, effects: Iterable[Effect]) -> None:
+    def _apply(self, exchange: Attempt, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Send(leg, reply):
@@ -159,5 +160,5 @@ class ExternalProcessor:
         assert exchange is not None  # noqa: S101 - whoever is woken belongs to one
         self._apply(exchange, exchange.route(Woken()) if call.leg is Leg.ROUTE else exchange.prefill(Woken()))
 
-    def _settle(self, exchange: Exchange) -> None:
+    def _settle(self, exchange: Attempt) -> None:
         self._apply(exchange, exchange.route(Woken()))

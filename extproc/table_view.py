@@ -3,7 +3,7 @@
 Pure. The shape is documented in docs/loads.md. What is not known is null, never 0; times are seconds before now.
 """
 
-from dataclasses import asdict
+import msgspec
 
 from extproc.config import Config
 from extproc.estimate import TokenEstimator
@@ -61,7 +61,7 @@ def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, obj
         "engine_clock_s": state.engine_clock_s,
         "ranks": [
             _rank(rank, load_tokens, now_s)
-            for rank, load_tokens in zip(state.ranks, loads.rank_tokens(state.ranks), strict=True)
+            for rank, load_tokens in zip(state.ranks, loads.rank_tokens([state])[0], strict=True)
         ],
     }
 
@@ -69,7 +69,7 @@ def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, obj
 def _rank(rank: RankState, load_tokens: float, now_s: float) -> dict[str, object]:
     scraped = None
     if rank.scraped is not None:
-        scraped = asdict(rank.scraped)
+        scraped = msgspec.structs.asdict(rank.scraped)
         del scraped["dp_rank"]
     return {
         "dp_rank": rank.dp_rank,

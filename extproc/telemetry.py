@@ -107,6 +107,7 @@ class Telemetry:
         self._leg = functools.lru_cache(maxsize=16_384)(self._legs.labels)
         self._response_header = functools.lru_cache(maxsize=16)(self._response_headers.labels)
         self._prefill_leg = functools.lru_cache(maxsize=4096)(self._prefill.labels)
+        self._scrape = functools.lru_cache(maxsize=4096)(self._scrapes.labels)
         registry.register(_Gauges(table, clock, open_exchanges))
 
     def finished(self, record: Finished) -> None:
@@ -132,7 +133,7 @@ class Telemetry:
 
     def scraped(self, worker_name: str, duration_s: float, failed: bool) -> None:
         """A scrape is over."""
-        self._scrapes.labels(worker_name).observe(duration_s)
+        self._scrape(worker_name).observe(duration_s)
         if failed:
             self._scrape_failures.labels(worker_name).inc()
 

@@ -16,7 +16,7 @@ from itertools import islice
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.policy.fleet import Fleet
-from extproc.policy.prefix_tree import MAX_PREFIX_BYTES, Holder, PrefixTree
+from extproc.policy.prefix_tree import BLOCK_BYTES, MAX_PREFIX_BYTES, Holder, PrefixTree
 from extproc.request import GenerationRequest
 
 SWEEP_NODES = 32
@@ -37,7 +37,7 @@ class CacheAware(WorkerPolicy):
         self._by_rank = config.cache_aware_rank
         self._interval_s = config.eviction_interval_secs
         self._tree = PrefixTree(config.max_tree_size)
-        self._last: tuple[GenerationRequest | None, bytes] = (None, b"")
+        self._last: tuple[GenerationRequest | None, bytes, int] = (None, b"", 0)
         self._sweep: Iterator[None] | None = None
         self._swept_s = context.clock()
         self._missing = set[str]()
@@ -47,32 +47,38 @@ class CacheAware(WorkerPolicy):
         self._fleet.see(states)
         if request is None:
             return Choice(self._fleet.least_loaded(states))
-        text = self._text(request)
+        text, whole_bytes = self._text(request)
         for matched_bytes, holders in reversed(self._tree.matches(text)):
-            if matched_bytes <= self._threshold * len(text):
+            if matched_bytes <= self._threshold * whole_bytes:
                 break
             able = [holder for holder in holders if self._is_able(holder)]
             if able:
                 state = self._fleet.least_loaded(self._workers(able))
                 if self._fleet.over_balance(state):
                     break
-                return Choice(state, self._rank(state, able, request.prompt_tokens * matched_bytes / len(text)))
+                return Choice(state, self._rank(state, able, request.prompt_tokens * matched_bytes / whole_bytes))
         return Choice(self._fleet.least_loaded(states, tie=self._held_bytes))
 
     def placed(self, request: GenerationRequest, state: WorkerState, dp_rank: int) -> None:
         """The prompt will be in that rank's cache."""
-        self._tree.insert(self._text(request), Holder(state.worker.name, dp_rank if self._by_rank else None))
+        text, _ = self._text(request)
+        self._tree.insert(text, Holder(state.worker.name, dp_rank if self._by_rank else None))
         self._drop_gone()
 
-    def _text(self, request: GenerationRequest) -> bytes:
-        """What is compared of a request; made once for its pick and its placing."""
-        last, text = self._last
+    def _text(self, request: GenerationRequest) -> tuple[bytes, int]:
+        """What is compared of a request, and its length before it was cut to whole blocks; made once for both uses.
+
+        Cut here, so that the tree keeps these very bytes, and no second size of block wears holes into the heap.
+        """
+        last, text, whole_bytes = self._last
         if last is not request:
-            text = bytes(request.prompt[:MAX_PREFIX_BYTES])
-            if request.model and ":" in request.model:  # base:adapter; an adapter's KV cache is of no use to another
-                text = request.model.encode() + text
-            self._last = request, text
-        return text
+            # base:adapter; an adapter's KV cache is of no use to another
+            adapter = request.model.encode() if request.model and ":" in request.model else b""
+            whole_bytes = len(adapter) + min(len(request.prompt), MAX_PREFIX_BYTES)
+            prompt = request.prompt[: max(0, whole_bytes - whole_bytes % BLOCK_BYTES - len(adapter))]
+            text = adapter + bytes(prompt) if adapter else bytes(prompt)
+            self._last = request, text, whole_bytes
+        return text, whole_bytes
 
     def _is_able(self, holder: Holder) -> bool:
         state = self._fleet.by_name.get(holder.worker)
@@ -87,7 +93,7 @@ class CacheAware(WorkerPolicy):
         Both are in tokens of prefill on one rank: what it has to do more than the least loaded rank, and what matched.
         """
         ranks = [holder.dp_rank for holder in holders if holder.worker == state.worker.name]
-        tokens = self._loads.rank_tokens(state.ranks)
+        (tokens,) = self._loads.rank_tokens((state,))
         best = min((rank for rank in ranks if rank is not None), key=tokens.__getitem__, default=None)
         return best if best is not None and tokens[best] - min(tokens) <= matched_tokens else None
 

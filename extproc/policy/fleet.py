@@ -8,7 +8,6 @@ a changed set of them.
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import TypeVar
 
 from extproc.load import WorkerState
 from extproc.policy.base import PolicyContext
@@ -26,8 +25,6 @@ SPILL_FLOOR_REQUESTS = 4.0
 SPILL_DEVIATIONS = 2.0
 """The absolute margin of `over_balance` is at most two standard deviations (sqrt(mean): arrivals are Poisson) and never
 below four requests, so that few workers with little traffic spill at all (smg 1.13, `--balance-abs-threshold`)."""
-
-Key = TypeVar("Key", float, tuple[float, float])
 
 in_flight: Callable[[WorkerState], int] = attrgetter("in_flight")
 
@@ -92,8 +89,7 @@ class Fleet:
 
     def tokens(self, states: Sequence[WorkerState]) -> list[float]:
         """Tokens per rank on each, by the load model."""
-        tokens = self._loads.worker_tokens(states)
-        return [total / len(state.ranks) for total, state in zip(tokens, states, strict=True)]
+        return [sum(tokens) / len(tokens) for tokens in self._loads.rank_tokens(states)]
 
     def least_loaded(
         self, states: Sequence[WorkerState], tie: Callable[[WorkerState], float] = in_flight
@@ -102,12 +98,14 @@ class Fleet:
         if len(states) == 1:
             return states[0]
         drawn = self.draw(states)
-        return self.least(drawn, list(zip(self.tokens(drawn), map(tie, drawn), strict=True)))
+        return self.least(drawn, self.tokens(drawn), tie)
 
-    def least(self, states: Sequence[WorkerState], keys: Sequence[Key]) -> WorkerState:
-        """The state with the least key, any of those that have it."""
-        best = min(keys)
-        first = keys.index(best)
-        if keys.count(best) == 1:
-            return states[first]
-        return states[self._rng.choice([index for index, key in enumerate(keys) if key == best])]
+    def least(
+        self, states: Sequence[WorkerState], loads: Sequence[float], tie: Callable[[WorkerState], float] | None = None
+    ) -> WorkerState:
+        """The state with the least load, then the least `tie`, then any."""
+        best = min(loads)
+        if loads.count(best) == 1:
+            return states[loads.index(best)]
+        equals = [state for state, load in zip(states, loads, strict=True) if load == best]
+        return self._rng.choice(equals) if tie is None else self.least(equals, list(map(tie, equals)))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
-from extproc.policy.fleet import Fleet
+from extproc.policy.fleet import Fleet, in_flight
 from extproc.request import GenerationRequest
 
 
@@ -25,5 +25,4 @@ class LeastLoad(WorkerPolicy):
     def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """The one with the shortest drain time, then the fewest legs in flight, then any."""
         drawn = self._fleet.draw(states)
-        requests = [float(state.in_flight) for state in drawn]
-        return Choice(self._fleet.least(drawn, list(zip(self._loads.drain_s(drawn), requests, strict=True))))
+        return Choice(self._fleet.least(drawn, self._loads.drain_s(drawn), in_flight))

@@ -19,7 +19,7 @@ class MinimumTokens:
 
     def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
         """The least loaded rank."""
-        loads = self._loads.rank_tokens(state.ranks)
+        (loads,) = self._loads.rank_tokens((state,))
         least = min(loads)
         if self._lowest_of_equals or loads.count(least) == 1:
             return loads.index(least)

@@ -23,11 +23,15 @@ class PowerOfTwo(WorkerPolicy):
         """The less loaded of two different ones of `states`."""
         if len(states) == 1:
             return Choice(states[0])
-        # The draw is in random order, so a full tie goes to either.
-        first, second = self._rng.sample(states, 2)
-        tokens, other_tokens = self._loads.worker_tokens((first, second))
+        # Two different ones, each pair in either order with equal chance, so a full tie goes to either.
+        uniform, count = self._rng.random, len(states)
+        index = int(uniform() * count)
+        first = states[index]
+        second = states[(index + 1 + int(uniform() * (count - 1))) % count]
+        loads, other_loads = self._loads.rank_tokens((first, second))
         # A request waits on one rank: four times the tokens on four times the ranks is the same wait. Cross-multiplied.
-        ranks, other_ranks = len(first.ranks), len(second.ranks)
-        load = tokens * other_ranks, first.in_flight * other_ranks
-        other_load = other_tokens * ranks, second.in_flight * ranks
+        ranks, other_ranks = len(loads), len(other_loads)
+        load, other_load = sum(loads) * other_ranks, sum(other_loads) * ranks
+        if load == other_load:
+            load, other_load = first.in_flight * other_ranks, second.in_flight * ranks
         return Choice(second if other_load < load else first)

@@ -7,7 +7,7 @@ comparisons and no Python object per character; the block bounds how often a pat
 Model Programs", 2024).
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,10 +22,20 @@ MAX_HOLDERS = 64
 """Holders remembered for each piece of text, the most recent. A system prompt ends up on every worker: that nobody
 needs to know, as any of these is as good."""
 
-NODE_BYTES = 600
-HOLDER_BYTES = 130
-"""Size of a node beside its text, and of each of its holders, on CPython 3.11 (measured; see
-`test_policy_prefix_tree`)."""
+NODE_BYTES = 350
+HOLDER_BYTES = 88
+CHILDREN_BYTES = 300
+"""What a node takes beside its text, each of its holders, and the dict of a node that has children, on CPython 3.11
+(measured; see `test_policy_prefix_tree`)."""
+
+SLACK = 8
+"""An eighth of the text comes on top: texts of all lengths come and go, and leave gaps that nothing fits. Measured as
+RSS over what is in use: 1.00 with texts of one length, 1.09 with lengths spread by a factor of 3."""
+
+
+SHELVES = 256
+"""Dicts that share the root's children, by the hash of their first block: one for all 135,000 would take 5 ms each
+time it is rebuilt, and leave gaps of megabytes."""
 
 
 class Holder(NamedTuple):
@@ -41,50 +51,69 @@ class Match(NamedTuple):
     """A prefix and who has it."""
 
     matched_bytes: int
-    holders: dict[Holder, None]
+    holders: tuple[Holder, ...]
     """The most recent last."""
 
 
 class Node:
     """A piece of text that continues its parent's. Its length is a multiple of BLOCK_BYTES; only the root has none."""
 
-    __slots__ = ("children", "edge", "holders", "parent")
+    __slots__ = ("children", "edge", "holders", "newer", "older", "parent")
 
     def __init__(self, edge: bytes, parent: "Node | None") -> None:
         self.edge = edge
         self.parent = parent
-        self.children: dict[bytes, Node] = {}
-        """By the first block of their edge."""
-        self.holders: dict[Holder, None] = {}
+        self.children: dict[bytes, Node] | None = None
+        """By the first block of their edge; None: no children, as most nodes have. The root's are on shelves."""
+        self.holders: tuple[Holder, ...] = ()
+        """The most recent last. There are few, so a tuple is smaller than a dict and not slower."""
+        # Neighbours in the order of use, a ring that the root closes.
+        self.older = self.newer = self
 
     @property
     def size_bytes(self) -> int:
         """What it costs, holders included."""
-        return NODE_BYTES + len(self.edge) + HOLDER_BYTES * len(self.holders)
+        size_bytes = NODE_BYTES + _with_slack(len(self.edge)) + HOLDER_BYTES * len(self.holders)
+        return size_bytes if self.children is None else size_bytes + CHILDREN_BYTES
+
+    def link_before(self, newer: "Node") -> None:
+        """Take the place before another one in the order of use."""
+        older = newer.older
+        self.older, self.newer = older, newer
+        older.newer = newer.older = self
+
+    def unlink(self) -> None:
+        """Leave the order of use."""
+        older, newer = self.older, self.newer
+        older.newer, newer.older = newer, older
 
 
 class PrefixTree:
-    """Texts and their holders. The caller cuts a prompt to bytes once and passes the same to `matches` and `insert`."""
+    """Texts and their holders. The caller cuts a prompt to bytes once and passes the same to `matches` and `insert`.
+
+    No step takes longer with a larger tree.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.size_bytes = 0
-        """Estimated size of all nodes; at most `max_bytes` after each `insert`."""
+        """Of all nodes; at most `max_bytes` after each `insert`."""
         self.held_bytes = Counter[str]()
         """Text known to be on each worker; a worker that holds nothing is absent."""
+        # The longest unused is `newer` than the root. A node is always used after its children, so that one is a leaf.
         self._root = Node(b"", None)
-        # The longest unused first. A node is always used after its children, so the first is a leaf.
-        self._by_use = OrderedDict[Node, None]()
+        self._shelves: list[dict[bytes, Node]] = [{} for _ in range(SHELVES)]
+        self._nodes = 0
 
     def __len__(self) -> int:
         """Number of nodes."""
-        return len(self._by_use)
+        return self._nodes
 
     def matches(self, text: bytes) -> list[Match]:
         """The longest prefix of `text` that is in the tree, with its holders, and before it ever shorter ones."""
         found = []
         node, at = self._root, 0
-        while child := node.children.get(text[at : at + BLOCK_BYTES]):
+        while child := self._child(node, text[at : at + BLOCK_BYTES]):
             if not text.startswith(child.edge, at):
                 found.append(Match(at + _common_bytes(child.edge, text, at), child.holders))
                 break
@@ -95,9 +124,10 @@ class PrefixTree:
     def insert(self, text: bytes, holder: Holder) -> None:
         """Note that `holder` has `text`, or gets it now. Whatever is longer than whole blocks is left out."""
         end = len(text) - len(text) % BLOCK_BYTES
-        node, at, path = self._root, 0, []
+        root = self._root
+        node, at, path = root, 0, []
         while at < end:
-            child = node.children.get(text[at : at + BLOCK_BYTES])
+            child = self._child(node, text[at : at + BLOCK_BYTES])
             if child is None:
                 child = self._add(Node(text[at:end], node))
             elif not text.startswith(child.edge, at):
@@ -105,64 +135,109 @@ class PrefixTree:
             node, at = child, at + len(child.edge)
             path.append(node)
         for node in reversed(path):
-            self._by_use.move_to_end(node)
+            node.unlink()
+            node.link_before(root)
             self._hold(node, holder)
         while self.size_bytes > self.max_bytes:
-            self._remove(next(iter(self._by_use)))
+            oldest = root.newer
+            while not oldest.edge:  # the mark of a sweep
+                oldest = oldest.newer
+            self._remove(oldest)
 
     def forgetting(self, gone: Callable[[Holder], bool]) -> Iterator[None]:
         """Drop holders, a node at each step, so that the caller can spread the work; and what nobody holds any more."""
-        for node in list(self._by_use):
-            if node in self._by_use:
-                for holder in [holder for holder in node.holders if gone(holder)]:
+        # A mark goes through the order of use, from the oldest on: nodes come and go around it, or move to the end.
+        mark = Node(b"", None)
+        mark.link_before(self._root.newer)
+        while (node := mark.newer) is not self._root:
+            mark.unlink()
+            mark.link_before(node.newer)
+            for holder in node.holders:
+                if gone(holder):
                     self._let_go(node, holder)
-                if not (node.holders or node.children):
-                    self._remove(node)
+            if not (node.holders or node.children):
+                self._remove(node)
             yield
+        mark.unlink()
+
+    def _child(self, node: Node, block: bytes) -> Node | None:
+        """The child whose text begins with that block."""
+        if node is self._root:
+            return self._shelves[hash(block) % SHELVES].get(block)
+        return node.children.get(block) if node.children else None
 
     def _add(self, node: Node) -> Node:
+        """Enter a node as its parent's child and as the last used."""
         assert node.parent is not None  # noqa: S101 - only the root has none, and it is never added
-        node.parent.children[node.edge[:BLOCK_BYTES]] = node
-        self._by_use[node] = None
+        block = node.edge[:BLOCK_BYTES]
+        if node.parent is self._root:
+            self._shelves[hash(block) % SHELVES][block] = node
+        elif node.parent.children is None:
+            node.parent.children = {block: node}
+            self.size_bytes += CHILDREN_BYTES
+        else:
+            node.parent.children[block] = node
+        node.link_before(self._root)
+        self._nodes += 1
         self.size_bytes += node.size_bytes
         return node
 
     def _remove(self, leaf: Node) -> None:
-        for holder in list(leaf.holders):
-            self._let_go(leaf, holder)
-        assert leaf.parent is not None  # noqa: S101 - as above
-        del leaf.parent.children[leaf.edge[:BLOCK_BYTES]]
-        del self._by_use[leaf]
+        for holder in leaf.holders:
+            self._count_held(holder, -len(leaf.edge))
+        parent, block = leaf.parent, leaf.edge[:BLOCK_BYTES]
+        assert parent is not None  # noqa: S101 - as above
+        if parent is self._root:
+            del self._shelves[hash(block) % SHELVES][block]
+        elif parent.children is not None:
+            del parent.children[block]
+            if not parent.children:
+                parent.children = None
+                self.size_bytes -= CHILDREN_BYTES
+        leaf.unlink()
+        self._nodes -= 1
         self.size_bytes -= leaf.size_bytes
 
     def _split(self, lower: Node, at: int) -> Node:
         """Cut a node's edge in two; the upper part is returned, and has the same holders."""
-        assert lower.parent is not None  # noqa: S101 - as above
         upper = Node(lower.edge[:at], lower.parent)
-        upper.holders = lower.holders.copy()
-        self._add(upper)  # takes the place among the parent's children
+        upper.holders = lower.holders
         lower.edge, lower.parent = lower.edge[at:], upper
-        upper.children[lower.edge[:BLOCK_BYTES]] = lower
-        self.size_bytes -= at
+        upper.children = {lower.edge[:BLOCK_BYTES]: lower}
+        self._add(upper)  # takes the lower part's place among the parent's children
+        self.size_bytes -= _with_slack(at)
         return upper
 
     def _hold(self, node: Node, holder: Holder) -> None:
+        """Make it the most recent of a node's holders."""
         holders = node.holders
         if holder in holders:
-            del holders[holder]
-        else:
-            if len(holders) == MAX_HOLDERS:
-                self._let_go(node, next(iter(holders)))
-            self.size_bytes += HOLDER_BYTES
-            self.held_bytes[holder.worker] += len(node.edge)
-        holders[holder] = None
+            if holder != holders[-1]:
+                index = holders.index(holder)
+                node.holders = (*holders[:index], *holders[index + 1 :], holder)
+            return
+        if len(holders) == MAX_HOLDERS:
+            self._let_go(node, holders[0])
+        node.holders = (*node.holders, holder)
+        self.size_bytes += HOLDER_BYTES
+        self._count_held(holder, len(node.edge))
 
     def _let_go(self, node: Node, holder: Holder) -> None:
-        del node.holders[holder]
+        node.holders = tuple(other for other in node.holders if other != holder)
         self.size_bytes -= HOLDER_BYTES
-        self.held_bytes[holder.worker] -= len(node.edge)
-        if not self.held_bytes[holder.worker]:
+        self._count_held(holder, -len(node.edge))
+
+    def _count_held(self, holder: Holder, more_bytes: int) -> None:
+        held_bytes = self.held_bytes[holder.worker] + more_bytes
+        if held_bytes:
+            self.held_bytes[holder.worker] = held_bytes
+        else:
             del self.held_bytes[holder.worker]
+
+
+def _with_slack(text_bytes: int) -> int:
+    """What so much text takes. Exact for whole blocks, so that parts make up the whole."""
+    return text_bytes + text_bytes // SLACK
 
 
 def _common_bytes(edge: bytes, text: bytes, at: int) -> int:

@@ -105,6 +105,7 @@ def _write_pages(directory: Path, role: Role, port: int, ranks: int) -> list[str
     texts = {
         "loads.txt": loads.prometheus(answer),
         "loads.json": json.dumps(answer),
+        "core_loads.json": json.dumps(loads.answer(figures, 0.0, include="core")),
         "old_loads.json": json.dumps(loads.old_answer(figures)),
         "metrics.txt": metrics.write(figures),
         "server_info.json": json.dumps(server_info),
@@ -116,6 +117,7 @@ def _write_pages(directory: Path, role: Role, port: int, ranks: int) -> list[str
         (directory / name).write_text(text.replace(f"{STAND_IN_S:.6f}", NOW_MARK))
     files = {
         "/v1/loads?format=prometheus": "loads.txt",
+        "/v1/loads?include=core": "core_loads.json",
         "/v1/loads": "loads.json",
         "/get_load": "old_loads.json",
         "/metrics": "metrics.txt",

@@ -29,7 +29,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
 
 from extproc.config import Config
 from extproc.events import Outcome
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler

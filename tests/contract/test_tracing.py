@@ -13,7 +13,7 @@ from test_ext_proc import POST, WORKERS, Stream, body, headers, set_headers
 
 from extproc.config import Config
 from extproc.errors import ConfigError
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler

@@ -32,7 +32,8 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.exchange import Exchange, Gateway, ProtocolViolation
+from extproc.exchange import Exchange, ProtocolViolation
+from extproc.gateway import Gateway
 from extproc.mutation import ROOM
 
 MESSAGES = {

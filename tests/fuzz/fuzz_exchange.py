@@ -25,7 +25,7 @@ from extproc.events import (
     Trailers,
     Woken,
 )
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler

@@ -1,23 +1,72 @@
-"""Targets `loads`, `info` and `usage`: what engines answer. Read in the background or with a request; never raises."""
+"""Targets `answer`, `loads`, `loads_json`, `info` and `usage`: what engines answer, in the background or to a request.
+
+All but `answer`, which refuses what is no HTTP, are read without ever raising.
+"""
 
 import json
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from fuzz_target import Target
 
+from extproc import loads_json
 from extproc.config import WorkerConfig
+from extproc.discovery.http_response import Answer, ResponseError, ResponseReader
 from extproc.discovery.info import MAX_DP_SIZE, MODES, merge, parse_info, problems
 from extproc.loads_text import LOADS_FIELDS, METRICS_FIELDS, parse_loads
 from extproc.model import RankLoad, Role, Worker
 from extproc.usage import counted_tokens
 
-FIGURES = RankLoad.__slots__[1:]
+FIGURES = RankLoad.__struct_fields__[1:]
+
+
+LIMIT_BYTES = 100
+
+
+def check_answer(data: bytes) -> Hashable:
+    """First byte: the size of pieces. In pieces it is the same answer, and its body is within the limit."""
+    step, page = 1 + (data[0] if data else 0), data[1:]
+    whole, keep_alive, reason = _read([page])
+    pieces, would_keep_alive, _ = _read([page[at : at + step] for at in range(0, len(page), step)])
+    assert whole == pieces
+    assert would_keep_alive or not keep_alive  # what follows the answer may be in a piece of its own
+    if whole is None:
+        return reason
+    assert 200 <= whole.status < 600
+    assert len(whole.body) <= LIMIT_BYTES
+    return (whole.status // 100, keep_alive, bool(whole.body), bool(whole.content_type))
+
+
+def _read(pieces: list[bytes]) -> tuple[Answer | None, bool, str]:
+    """The answer, whether its connection can be asked again, and why there is none."""
+    reader = ResponseReader(LIMIT_BYTES)
+    try:
+        for piece in pieces:
+            answer = reader.feed(piece)
+            if answer is not None:
+                return answer, reader.keep_alive, ""
+    except ResponseError as error:
+        return None, False, str(error)
+    return reader.end(), False, "cut short"
 
 
 def check_loads(page: bytes) -> Hashable:
     """Figures are figures, a rank comes once, and the order of lines says nothing."""
     loads = parse_loads(page)
+    *lines, rest = page.split(b"\n")
+    backwards = b"\n".join([*reversed(lines), rest])
+    assert parse_loads(backwards) == loads
+    return _shown(loads)
+
+
+def check_loads_json(page: bytes) -> Hashable:
+    """The same of the other form; blanks around it say nothing."""
+    loads = loads_json.parse_loads(page)
+    assert loads_json.parse_loads(b" \n" + page + b"\t") == loads
+    return _shown(loads)
+
+
+def _shown(loads: Sequence[RankLoad]) -> Hashable:
     assert [load.dp_rank for load in loads] == sorted({load.dp_rank for load in loads})
     shown = []
     for load in loads:
@@ -25,9 +74,6 @@ def check_loads(page: bytes) -> Hashable:
         assert said
         assert all(0 <= getattr(load, field) < math.inf for field in said)
         shown.append(frozenset(said))
-    *lines, rest = page.split(b"\n")
-    backwards = b"\n".join([*reversed(lines), rest])
-    assert parse_loads(backwards) == loads
     return (min(len(loads), 4), frozenset(shown))
 
 
@@ -76,6 +122,16 @@ LOADS_PAGE = b"""sglang_timestamp{dp_rank="0"} 1763800000.25
 sglang_num_used_tokens{dp_rank="0"} 12034
 sglang_num_total_tokens{dp_rank="1"} 15
 """
+LOADS_JSON = b"""{"timestamp": "2025-11-22T08:26:40+00:00", "loads": [{"timestamp": 1763800000.25, "dp_rank": 0,
+"num_running_reqs": 3, "num_used_tokens": 12034, "token_usage": 0.03, "decode_moments": [1.0]}, {"dp_rank": 1,
+"num_used_tokens": 7, "num_total_tokens": null}]}"""
+HEADS = (
+    b"\xffHTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: 5\r\ncontent-type: a/b; c\r\n\r\nhello",
+    b"\x06HTTP/1.1 503 Service Unavailable\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\na;b=c\r\n0123456789\r\n"
+    b"0\r\nx: y\r\n\r\n",
+    b"\x02HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 404 Not Found\r\nconnection: close\r\n\r\nno such page",
+    b"\x10HTTP/1.1 204 No Content\r\n\r\n",
+)
 INFO = b"""{"disaggregation_mode": "prefill", "dp_size": 2, "served_model_name": "m", "model_path": "/m",
 "disaggregation_bootstrap_port": "8998", "enable_metrics": true, "load_balance_method": "round_robin",
 "version": "0.5.23", "internal_states": [{"dp_size": 2, "disaggregation_mode": "null"}, {}]}"""
@@ -90,11 +146,46 @@ _LABELS = (b'dp_rank="', b'tp_rank="', b'priority="', b'"} ', b"{", b"}", b"\\",
 
 TARGETS = (
     Target(
+        "answer",
+        check_answer,
+        HEADS,
+        (
+            *(
+                b"HTTP/1.1 ",
+                b"HTTP/1.0 ",
+                b"200 OK",
+                b"100 ",
+                b"304 ",
+                b"\r\n",
+                b"\r\n\r\n",
+                b": ",
+                b"; ",
+                b", ",
+                b"0\r\n",
+            ),
+            *(b"content-length", b"transfer-encoding", b"chunked", b"connection", b"close", b"keep-alive", b"gzip"),
+            *(b"content-encoding", b"identity", b"ffffffff", b"65\r\n"),
+        ),
+        share=0.05,
+        modules=("extproc.discovery.http_response",),
+    ),
+    Target(
+        "loads_json",
+        check_loads_json,
+        (LOADS_JSON, b'{"loads": []}'),
+        (
+            *(b'"loads":', b'"dp_rank":', b'"num_used_tokens":', b'"num_total_tokens":', b'"timestamp":', b"true"),
+            *(b"null", b"[", b"]", b"{", b"}", b",", b"-", b"1e9", b"0.5", b'"5"'),
+        ),
+        share=0.05,
+        modules=("extproc.loads_json",),
+    ),
+    Target(
         "loads",
         check_loads,
         (METRICS_PAGE, LOADS_PAGE, METRICS_PAGE + LOADS_PAGE),
         (*METRICS_FIELDS, *LOADS_FIELDS, *_LABELS),
-        share=0.15,
+        share=0.05,
         modules=("extproc.loads_text",),
     ),
     Target(

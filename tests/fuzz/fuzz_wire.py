@@ -30,7 +30,8 @@ from extproc.events import (
     Send,
     Woken,
 )
-from extproc.exchange import Exchange, Gateway, ProtocolViolation
+from extproc.exchange import Exchange, ProtocolViolation
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.schedule import Scheduler
 

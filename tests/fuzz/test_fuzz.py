@@ -16,7 +16,7 @@ from fuzz_targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 
 EXAMPLES = 200

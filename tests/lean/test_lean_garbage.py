@@ -10,7 +10,8 @@ from lean_frames import HELLO, REQUEST, RST_STREAM, Clock, data, frame, headers,
 
 from extproc.config import Config
 from extproc.events import Finished, Outcome
-from extproc.exchange import VERDICT_S, Gateway
+from extproc.exchange import VERDICT_S
+from extproc.gateway import Gateway
 from extproc.lean.grpc import GrpcConnection
 from extproc.lean.http2 import Limits
 from extproc.load import LoadTable

@@ -633,7 +633,7 @@ def test_probe_names_every_problem():
     pages = {"/health": "", "/server_info": json.dumps(info), "/v1/loads": 'sglang_num_running_reqs{dp_rank="2"} 1\n'}
     url, report = probed(pages, dp_size=1)
     assert not report.healthy
-    assert report.metrics_url == f"{url}/v1/loads?format=prometheus"
+    assert report.metrics_url == f"{url}/v1/loads?include=core"
     assert [
         any(word in problem for problem in report.problems)
         for word in ("--disaggregation-mode prefill", "engine says 2", "--enable-metrics", "num_used_tokens", "beyond")

@@ -33,7 +33,8 @@ from extproc.events import (
     Wake,
     Woken,
 )
-from extproc.exchange import EXTENSION_S, HOLD_S, REASON_S, VERDICT_S, Exchange, Gateway, ProtocolViolation
+from extproc.exchange import EXTENSION_S, HOLD_S, REASON_S, VERDICT_S, Exchange, ProtocolViolation
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.request import MOST_PROMPTS

