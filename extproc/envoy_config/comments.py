@@ -31,6 +31,8 @@ envoy.http.early_header_mutation.header_mutation
     What clients must not set, in any letter case: what steers us or an engine, and Envoy's own knobs. Early: before
     Envoy itself reads any of it.
 il_pd/envoy.http.early_header_mutation.header_mutation
+il_pd/generate_request_id
+    The request has one, of the listener that clients reach.
 il_pd/stream_idle_timeout
     The public listener's timers watch the request; a second set could only disagree with them.
 il_pd/delayed_close_timeout
@@ -43,10 +45,15 @@ mappers/headers_to_add
 envoy.access_loggers.http_grpc
     Requests that broke off, each at once: the ends of ext_proc streams do not tell why. Normal ones are not logged.
 
+dynamic_stats
+    Of clusters by status and time: each listener counts the same of what it answers.
+
 # The ext_proc filters
 
 extproc.route/disabled
     Off but for the routes that turn it on: requests on others never meet it.
+extproc.route/skip_envoy_headers
+    x-envoy-internal and x-forwarded-for would tell the service nothing.
 extproc.route/initial_metadata
     Tells the service which of the two filters is asking.
 extproc.route/response_trailer_mode
@@ -62,6 +69,8 @@ extproc.route/max_message_timeout
     Headers of a stream that begins before prefill is done wait for prefill: its time-out and 5 s.
 extproc.route/forward_rules
     What the service looks at, and nothing else: no credentials, no cookies.
+extproc.prefill/forward_rules
+    Whose prefill it is, how it was answered, and whether the answer can be read for its token counts.
 extproc.prefill/processing_mode
     The service answers the headers with prefill's whole body (CONTINUE_AND_REPLACE).
 extproc.prefill/allow_mode_override

@@ -157,7 +157,7 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
             stream_idle_timeout=timedelta(0),
             delayed_close_timeout=DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
-            preserve_external_request_id=True,
+            generate_request_id=False,  # it has one, of the listener that clients reach
             early_header_mutation_extensions=[strip_between_listeners()],
             local_reply_config=json_local_replies(config, mark_retry=True),
             http_filters=[route_filter(config), _router_filter()],
@@ -182,7 +182,7 @@ def prefill_listener(config: Config, *, access_log: str | None = None) -> Listen
             stream_idle_timeout=timedelta(0),
             delayed_close_timeout=DELAYED_CLOSE,
             server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
-            preserve_external_request_id=True,
+            generate_request_id=False,  # it has one, of the listener that clients reach
             http_filters=[prefill_filter(), _router_filter()],
             route_config=RouteConfiguration(
                 name=PREFILL_LISTENER,
@@ -218,8 +218,13 @@ def _http_chain(manager: HttpConnectionManager) -> FilterChain:
 
 
 def _router_filter() -> HttpFilter:
-    # Engines and clients have no use for x-envoy-expected-rq-timeout-ms and the like. The attempt count stays.
-    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router(suppress_envoy_headers=True)))
+    router = Router(
+        # Engines and clients have no use for x-envoy-expected-rq-timeout-ms and the like. The attempt count stays.
+        suppress_envoy_headers=True,
+        # Of clusters by status and time: each listener counts the same of what it answers, once and not twice.
+        dynamic_stats=False,
+    )
+    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(router))
 
 
 def _pair_retry(config: Config) -> RetryPolicy:

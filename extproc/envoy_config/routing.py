@@ -49,8 +49,11 @@ from extproc.envoy_config.names import (
 )
 from extproc.events import Leg
 from extproc.exchange import EXTENSION_S, READ_HEADERS
-from extproc.mutation import MODE, PROCESS, RESERVED_NAMES, RESERVED_PREFIXES
+from extproc.mutation import MODE, PROCESS, RESERVED_NAMES, RESERVED_PREFIXES, ROOM
 
+PREFILL_READ_HEADERS = (ROOM, ":status", "content-encoding", "content-length", "content-type")
+"""What is looked at on the prefill leg: whose it is, how it was answered, and whether the answer can be read
+(`usage.is_readable`)."""
 MESSAGE_TIMEOUT_S = 10
 """How long ext_proc waits for one answer; then the request goes on unmarked and gets a 503. Envoy's default of 200 ms
 is too short for a 64 MiB body over gRPC beside other work; this long, only a hung service reaches it."""
@@ -66,6 +69,7 @@ def route_filter(config: Config) -> HttpFilter:
     return _ext_proc_filter(
         Leg.ROUTE,
         request_body=ProcessingModeBodySendMode.BUFFERED,
+        forwarded=_names(*READ_HEADERS, *sorted(RESERVED_NAMES)) + _prefixes(*RESERVED_PREFIXES),
         max_message_timeout=longest,
         retry_policy=_another_process(config.processes - 1) if config.processes > 1 else None,
     )
@@ -73,13 +77,15 @@ def route_filter(config: Config) -> HttpFilter:
 
 def prefill_filter() -> HttpFilter:
     """The ext_proc filter of `il_p`: the service answers the headers with a body of its own, so none is sent to it."""
-    return _ext_proc_filter(Leg.PREFILL, request_body=ProcessingModeBodySendMode.NONE)
+    forwarded = _names(*PREFILL_READ_HEADERS)
+    return _ext_proc_filter(Leg.PREFILL, request_body=ProcessingModeBodySendMode.NONE, forwarded=forwarded)
 
 
 def _ext_proc_filter(
     leg: Leg,
     *,
     request_body: ProcessingModeBodySendMode,
+    forwarded: list[StringMatcher],
     max_message_timeout: timedelta | None = None,
     retry_policy: RetryPolicy | None = None,
 ) -> HttpFilter:
@@ -104,7 +110,7 @@ def _ext_proc_filter(
                 failure_mode_allow=True,
                 message_timeout=timedelta(seconds=MESSAGE_TIMEOUT_S),
                 max_message_timeout=max_message_timeout,
-                forward_rules=HeaderForwardingRules(allowed_headers=_read_headers()),
+                forward_rules=HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=forwarded)),
             )
         ),
     )
@@ -112,7 +118,8 @@ def _ext_proc_filter(
 
 def _service(leg: Leg, cluster: str, retry_policy: RetryPolicy | None = None) -> GrpcService:
     return GrpcService(
-        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster),
+        # x-envoy-internal and x-forwarded-for tell a service on the same host nothing.
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster, skip_envoy_headers=True),
         initial_metadata=[HeaderValue(key=LEG_METADATA, value=leg.value)],
         retry_policy=retry_policy,
     )
@@ -131,14 +138,12 @@ def _another_process(others: int) -> RetryPolicy:
     )
 
 
-def _read_headers() -> ListStringMatcher:
-    names = (*READ_HEADERS, *sorted(RESERVED_NAMES))
-    return ListStringMatcher(
-        patterns=[
-            *(StringMatcher(exact=name) for name in names),
-            *(StringMatcher(prefix=prefix) for prefix in RESERVED_PREFIXES),
-        ]
-    )
+def _names(*names: str) -> list[StringMatcher]:
+    return [StringMatcher(exact=name) for name in names]
+
+
+def _prefixes(*prefixes: str) -> list[StringMatcher]:
+    return [StringMatcher(prefix=prefix) for prefix in prefixes]
 
 
 def pd_routes() -> list[Route]:

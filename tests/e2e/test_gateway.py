@@ -108,8 +108,8 @@ def test_bodies_arrive_as_they_were_but_for_the_injected_fields(stack, size, chu
             return [record for record in records if record["headers"].get("x-request-id") == request_id]
 
         [record] = until(mine, "the leg's record")
-        fields = {name: record[name] for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
-        fields |= {name: record[name] for name in ("routed_dp_rank", *names)}
+        fields = {name: record[name] for name in ("bootstrap_room", "bootstrap_host", "bootstrap_port")}
+        fields |= {name: record[name] for name in (*names, "routed_dp_rank")}
         assert (record["body_length"], record["body_sha256"]) == expected_body(body, fields)
 
 

@@ -32,8 +32,10 @@ from envoy_stub import (
     sse,
 )
 
+from extproc.envoy_config.routing import PREFILL_READ_HEADERS
 from extproc.envoy_process import EnvoyProcess
 from extproc.exchange import READ_HEADERS
+from extproc.mutation import ROOM
 from extproc.request import ROUTING_KEY
 
 pytestmark = pytest.mark.envoy
@@ -161,6 +163,8 @@ def test_headers_that_steer_are_stripped_from_clients(http2: bool) -> None:
             assert not {name.lower() for name in FORBIDDEN} & set(seen)
             # Of the rest it is told what it looks at; the engine gets all.
             assert set(seen) <= {*READ_HEADERS, ROUTING_KEY}
+            assert ROOM in (prefill := (await b.service.stream("prefill")).headers)
+            assert set(prefill) <= set(PREFILL_READ_HEADERS)
             got = b.decode.calls[0].request.headers
             assert [got.get(name) for name in ("x-mine", *secret)] == ["stays", *secret.values()]
             assert seen["x-envoy-attempt-count"] == "1"
