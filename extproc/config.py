@@ -131,7 +131,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     balance_rel_threshold: Factor = 1.5
     eviction_interval_secs: Seconds = 60
     max_tree_size: Count = 64 * MIB
-    """Memory that the prefix tree of each role may take, objects included (there: characters of text, of each worker)."""
+    """Memory of each role's prefix tree in bytes, objects included (there: characters of each worker's text)."""
     bucket_adjust_interval_secs: Seconds = 5
     prefix_token_count: Count = 256
     prefix_hash_load_factor: Factor = 1.25

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from extproc.load import WorkerState
-from extproc.load_model import LoadModel
+from extproc.load_model import LoadModel, RankLoads
 
 MAX_LENGTH = 1024
 """Characters of an explanation: of a response's headers, which many clients limit to 8 KiB in all, an eighth."""
@@ -30,10 +30,10 @@ class Recorder:
     loads: LoadModel
     compared: list[WorkerState] = field(default_factory=list)
 
-    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
-        """Load of each worker's ranks, in tokens."""
+    def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
+        """Load of each worker's ranks."""
         self.compared.extend(states)
-        return self.loads.rank_tokens(states)
+        return self.loads.rank_loads(states)
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker."""
@@ -55,7 +55,7 @@ def describe(loads: LoadModel, chosen: tuple[WorkerState, int], compared: Sequen
     state, dp_rank = chosen
     states = list(dict.fromkeys((state, *compared)))
     ranks = [(each, rank) for each in states for rank in each.ranks]
-    tokens = chain.from_iterable(loads.rank_tokens(states))
+    tokens = chain.from_iterable(loads.rank_loads(states).tokens)
     text = ""
     for number, ((of_worker, rank), load) in enumerate(zip(ranks, tokens, strict=True)):
         mark = "*" if of_worker is state and rank.dp_rank == dp_rank else ""

@@ -5,7 +5,7 @@ Reads the load table, never writes. `scraped` is the rule of the existing gatewa
 
 from collections.abc import Callable, Sequence
 from math import exp, inf, log
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from extproc.errors import ConfigError
 from extproc.load import WorkerState
@@ -20,11 +20,20 @@ STALE_AGE = -log(STALE_WEIGHT)
 PREFILL = Role.PREFILL
 
 
+class RankLoads(NamedTuple):
+    """What several workers were rated at."""
+
+    tokens: list[list[float]]
+    """Of each worker's ranks."""
+    final: bool
+    """Each worker would be rated the same by itself, so that its ranks may be compared by these figures, too."""
+
+
 class LoadModel(Protocol):
     """Tokens on each of several candidates. They are rated together, since they must be comparable."""
 
-    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
-        """Load of each worker's ranks, in tokens."""
+    def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
+        """Load of each worker's ranks."""
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker, in seconds, or in anything in proportion to that.
@@ -40,21 +49,21 @@ class Scraped:
     compared by what was sent alone, as a rank is not idle because nobody asked it.
     """
 
-    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
-        """Load of each worker's ranks, in tokens."""
+    def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
+        """Load of each worker's ranks."""
         loads = []
         for state in states:
             tokens = []
             for rank in state.ranks:
                 if rank.scraped is None or rank.scraped.used_tokens is None:
-                    return [[each.charged_tokens for each in one.ranks] for one in states]
+                    return RankLoads([[each.charged_tokens for each in one.ranks] for one in states], final=False)
                 tokens.append(rank.scraped.used_tokens + rank.charged_tokens)
             loads.append(tokens)
-        return loads
+        return RankLoads(loads, final=True)
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """Tokens on the least loaded rank: this rule knows no speeds."""
-        return list(map(min, self.rank_tokens(states)))
+        return list(map(min, self.rank_loads(states).tokens))
 
 
 class Live:
@@ -71,17 +80,18 @@ class Live:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
 
-    def rank_tokens(self, states: Sequence[WorkerState]) -> list[list[float]]:
-        """Load of each worker's ranks, in tokens."""
+    def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
+        """Load of each worker's ranks."""
         now_s = self._clock()
         ledger = _ledger(states, now_s)
-        return _corrected(states, ledger, now_s) or ledger
+        corrected = _corrected(states, ledger, now_s)
+        return RankLoads(ledger, final=False) if corrected is None else RankLoads(corrected, final=True)
 
     def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
         drains = []
         usual = 0.0
-        for state, loads in zip(states, self.rank_tokens(states), strict=True):
+        for state, loads in zip(states, self.rank_loads(states).tokens, strict=True):
             least_s = inf
             for rank, tokens in zip(state.ranks, loads, strict=True):
                 if not tokens:  # whatever its speed

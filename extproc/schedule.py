@@ -128,17 +128,17 @@ class Scheduler:
 
     def _check_room_for(self, request: GenerationRequest, state: WorkerState, dp_rank: int, most_tokens: int) -> None:
         """Raise Overloaded when the request would put more on the rank than is allowed; on an idle rank it may."""
-        (loads,) = self.loads.rank_tokens((state,))
+        (loads,) = self.loads.rank_loads((state,)).tokens
         if loads[dp_rank] > 0 and loads[dp_rank] + request.prompt_tokens > most_tokens:
             raise Overloaded(f"the {state.worker.role} workers have as many tokens as they may have: try again later")
 
     def _pick(self, role: Role, request: GenerationRequest, avoid: Collection[str]) -> tuple[WorkerState, int | None]:
         """The worker, and the rank to ask for: None where there is nothing to choose, or the engine is to choose."""
-        state, dp_rank = self._workers[role].pick(self._candidates(role, avoid), request)
+        state, dp_rank, loads = self._workers[role].pick(self._candidates(role, avoid), request)
         if state.worker.rank_count == 1:
             return state, None
         if dp_rank is None:
-            dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens)
+            dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens, loads)
         return state, dp_rank
 
     def _charge(

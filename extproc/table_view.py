@@ -61,7 +61,7 @@ def _worker(state: WorkerState, loads: LoadModel, now_s: float) -> dict[str, obj
         "engine_clock_s": state.engine_clock_s,
         "ranks": [
             _rank(rank, load_tokens, now_s)
-            for rank, load_tokens in zip(state.ranks, loads.rank_tokens([state])[0], strict=True)
+            for rank, load_tokens in zip(state.ranks, loads.rank_loads([state]).tokens[0], strict=True)
         ],
     }
 

@@ -79,7 +79,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("options of policies")
     add(options, "cache_threshold", float, metavar="SHARE", text="cache_aware: least share of a prompt that must match")
     add(options, "cache_aware_rank", bool, text="cache_aware: the same prefix prefers the same DP rank, too")
-    add(options, "max_tree_size", int, metavar="BYTES", text="cache_aware: largest size of each role's prefix tree")
+    add(options, "max_tree_size", int, metavar="BYTES", text="cache_aware: memory of each role's prefix tree")
     add(options, "eviction_interval_secs", float, text="cache_aware: how long text of a worker that left is kept")
     add(
         options,

@@ -29,6 +29,8 @@ class Choice(NamedTuple):
     state: WorkerState
     dp_rank: int | None = None
     """None leaves the rank to the rank policy."""
+    rank_tokens: Sequence[float] | None = None
+    """The loads of its ranks, where they are known already: of the pick that this is the outcome of."""
 
 
 class WorkerPolicy(ABC):
@@ -48,8 +50,11 @@ class WorkerPolicy(ABC):
 class RankPolicy(Protocol):
     """Picks the DP rank on a worker; the counterpart of `DPRankLoadPolicy` in SGLang's gateway."""
 
-    def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
+    def select_dp_rank(
+        self, state: WorkerState, tokens: float, rank_tokens: Sequence[float] | None = None
+    ) -> int | None:
         """The rank for a request of `tokens`; None leaves it to the engine. Called for workers with 2 ranks or more.
 
+        `rank_tokens`: the loads of the ranks as of now, where they are known already.
         The caller charges the tokens in the same step, so the next call sees them.
         """

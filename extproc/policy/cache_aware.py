@@ -93,7 +93,7 @@ class CacheAware(WorkerPolicy):
         Both are in tokens of prefill on one rank: what it has to do more than the least loaded rank, and what matched.
         """
         ranks = [holder.dp_rank for holder in holders if holder.worker == state.worker.name]
-        (tokens,) = self._loads.rank_tokens((state,))
+        (tokens,) = self._loads.rank_loads((state,)).tokens
         best = min((rank for rank in ranks if rank is not None), key=tokens.__getitem__, default=None)
         return best if best is not None and tokens[best] - min(tokens) <= matched_tokens else None
 
@@ -102,8 +102,10 @@ class CacheAware(WorkerPolicy):
 
     def _drop_gone(self) -> None:
         """Drop the text of workers that were missing at both ends of an interval, a few nodes at a time."""
-        now_s = self._clock()
-        if self._sweep is None and now_s - self._swept_s >= self._interval_s:
+        if self._sweep is None:
+            now_s = self._clock()
+            if now_s - self._swept_s < self._interval_s:
+                return
             self._swept_s = now_s
             missing = self._tree.held_bytes.keys() - self._fleet.by_name.keys()
             gone = missing & self._missing

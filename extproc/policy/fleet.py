@@ -89,7 +89,7 @@ class Fleet:
 
     def tokens(self, states: Sequence[WorkerState]) -> list[float]:
         """Tokens per rank on each, by the load model."""
-        return [sum(tokens) / len(tokens) for tokens in self._loads.rank_tokens(states)]
+        return [sum(tokens) / len(tokens) for tokens in self._loads.rank_loads(states).tokens]
 
     def least_loaded(
         self, states: Sequence[WorkerState], tie: Callable[[WorkerState], float] = in_flight

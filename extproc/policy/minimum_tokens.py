@@ -5,6 +5,8 @@ here with the `scraped` load model, which is that gateway's rule; else to any, s
 begin with rank 0.
 """
 
+from collections.abc import Sequence
+
 from extproc.load import WorkerState
 from extproc.policy.base import PolicyContext
 
@@ -17,9 +19,11 @@ class MinimumTokens:
         self._rng = context.rng
         self._lowest_of_equals = context.config.load_model == "scraped"
 
-    def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
+    def select_dp_rank(
+        self, state: WorkerState, tokens: float, rank_tokens: Sequence[float] | None = None
+    ) -> int | None:
         """The least loaded rank."""
-        (loads,) = self._loads.rank_tokens((state,))
+        loads = self._loads.rank_loads((state,)).tokens[0] if rank_tokens is None else rank_tokens
         least = min(loads)
         if self._lowest_of_equals or loads.count(least) == 1:
             return loads.index(least)

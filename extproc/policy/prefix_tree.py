@@ -76,8 +76,9 @@ class Node:
         size_bytes = NODE_BYTES + _with_slack(len(self.edge)) + HOLDER_BYTES * len(self.holders)
         return size_bytes if self.children is None else size_bytes + CHILDREN_BYTES
 
-    def link_before(self, newer: "Node") -> None:
+    def move_before(self, newer: "Node") -> None:
         """Take the place before another one in the order of use."""
+        self.unlink()
         older = newer.older
         self.older, self.newer = older, newer
         older.newer = newer.older = self
@@ -111,14 +112,16 @@ class PrefixTree:
 
     def matches(self, text: bytes) -> list[Match]:
         """The longest prefix of `text` that is in the tree, with its holders, and before it ever shorter ones."""
-        found = []
-        node, at = self._root, 0
-        while child := self._child(node, text[at : at + BLOCK_BYTES]):
+        found: list[Match] = []
+        block, at = text[:BLOCK_BYTES], 0
+        child = self._shelves[hash(block) % SHELVES].get(block)
+        while child:
             if not text.startswith(child.edge, at):
                 found.append(Match(at + _common_bytes(child.edge, text, at), child.holders))
                 break
-            node, at = child, at + len(child.edge)
-            found.append(Match(at, node.holders))
+            at += len(child.edge)
+            found.append(Match(at, child.holders))
+            child = child.children.get(text[at : at + BLOCK_BYTES]) if child.children else None
         return found
 
     def insert(self, text: bytes, holder: Holder) -> None:
@@ -127,7 +130,9 @@ class PrefixTree:
         root = self._root
         node, at, path = root, 0, []
         while at < end:
-            child = self._child(node, text[at : at + BLOCK_BYTES])
+            block = text[at : at + BLOCK_BYTES]
+            children = self._shelves[hash(block) % SHELVES] if node is root else node.children
+            child = children.get(block) if children else None
             if child is None:
                 child = self._add(Node(text[at:end], node))
             elif not text.startswith(child.edge, at):
@@ -135,9 +140,9 @@ class PrefixTree:
             node, at = child, at + len(child.edge)
             path.append(node)
         for node in reversed(path):
-            node.unlink()
-            node.link_before(root)
-            self._hold(node, holder)
+            node.move_before(root)
+            if not node.holders or node.holders[-1] != holder:
+                self._hold(node, holder)
         while self.size_bytes > self.max_bytes:
             oldest = root.newer
             while not oldest.edge:  # the mark of a sweep
@@ -148,10 +153,9 @@ class PrefixTree:
         """Drop holders, a node at each step, so that the caller can spread the work; and what nobody holds any more."""
         # A mark goes through the order of use, from the oldest on: nodes come and go around it, or move to the end.
         mark = Node(b"", None)
-        mark.link_before(self._root.newer)
+        mark.move_before(self._root.newer)
         while (node := mark.newer) is not self._root:
-            mark.unlink()
-            mark.link_before(node.newer)
+            mark.move_before(node.newer)
             for holder in node.holders:
                 if gone(holder):
                     self._let_go(node, holder)
@@ -160,14 +164,8 @@ class PrefixTree:
             yield
         mark.unlink()
 
-    def _child(self, node: Node, block: bytes) -> Node | None:
-        """The child whose text begins with that block."""
-        if node is self._root:
-            return self._shelves[hash(block) % SHELVES].get(block)
-        return node.children.get(block) if node.children else None
-
     def _add(self, node: Node) -> Node:
-        """Enter a node as its parent's child and as the last used."""
+        """Enter a node as its parent's child; it is to be used next."""
         assert node.parent is not None  # noqa: S101 - only the root has none, and it is never added
         block = node.edge[:BLOCK_BYTES]
         if node.parent is self._root:
@@ -177,7 +175,6 @@ class PrefixTree:
             self.size_bytes += CHILDREN_BYTES
         else:
             node.parent.children[block] = node
-        node.link_before(self._root)
         self._nodes += 1
         self.size_bytes += node.size_bytes
         return node
@@ -212,9 +209,8 @@ class PrefixTree:
         """Make it the most recent of a node's holders."""
         holders = node.holders
         if holder in holders:
-            if holder != holders[-1]:
-                index = holders.index(holder)
-                node.holders = (*holders[:index], *holders[index + 1 :], holder)
+            index = holders.index(holder)
+            node.holders = (*holders[:index], *holders[index + 1 :], holder)
             return
         if len(holders) == MAX_HOLDERS:
             self._let_go(node, holders[0])

@@ -3,6 +3,8 @@
 Source: SGLang's `--load-balance-method round_robin`, which a DP controller does by itself outside PD mode. A baseline.
 """
 
+from collections.abc import Sequence
+
 from extproc.load import WorkerState
 
 MAX_WORKERS = 1 << 13
@@ -16,7 +18,9 @@ class RankRoundRobin:
     def __init__(self) -> None:
         self._picks: dict[str, int] = {}
 
-    def select_dp_rank(self, state: WorkerState, tokens: float) -> int | None:
+    def select_dp_rank(
+        self, state: WorkerState, tokens: float, rank_tokens: Sequence[float] | None = None
+    ) -> int | None:
         """The rank after the last one on this worker."""
         if len(self._picks) >= MAX_WORKERS:
             self._picks.clear()

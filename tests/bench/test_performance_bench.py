@@ -36,7 +36,7 @@ def test_a_short_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Mon
             assert set(figures["cpu"]) == {"python", "envoy"}
             assert figures["resident_bytes"] > 0
     verdicts = {bar["about"]: bar["verdict"] for bar in written["bars"]}
-    assert verdicts["service CPU over the no-op floor, 2 KB, c16"] != Verdict.UNKNOWN
+    assert verdicts["all of the service's CPU over the no-op floor, 2 KB, c16"] != Verdict.UNKNOWN
     assert verdicts["req/s over smg's, 2 KB, c16"] == Verdict.UNKNOWN
 
 

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from extproc.load import LoadTable
+from extproc.load import MAX_CHANGES, LoadTable
 from extproc.load_model import Scraped
 from extproc.model import RankLoad, Role, Worker
 
@@ -32,9 +32,9 @@ def test_a_scrape_erases_increments_but_not_the_ledger():
     table = LoadTable([worker()], lambda: 0.0)
     state = table.states[0]
     lease = table.charge(state, 1, 100, 28)
-    assert Scraped().rank_tokens([state])[0] == [0, 100]
+    assert Scraped().rank_loads([state]).tokens[0] == [0, 100]
     table.observe("w:1", [RankLoad(0, used_tokens=70), RankLoad(1, used_tokens=5)], at_s=1.0)
-    assert Scraped().rank_tokens([state])[0] == [70, 5]
+    assert Scraped().rank_loads([state]).tokens[0] == [70, 5]
     assert state.ranks[1].outstanding_tokens == 128
     table.release(lease)
     table.release(lease)
@@ -48,9 +48,29 @@ def test_missing_figures_are_not_zero():
     table.observe("w:1", [RankLoad(0, used_tokens=70), RankLoad(1, running_requests=3)], at_s=1.0)
     table.charge(state, 0, 10)
     # Rank 1 did not say: both are compared by what was sent.
-    assert Scraped().rank_tokens([state])[0] == [10, 0]
+    assert Scraped().rank_loads([state]).tokens[0] == [10, 0]
     table.observe("w:1", [RankLoad(1, used_tokens=80)], at_s=2.0)
-    assert Scraped().rank_tokens([state])[0] == [80, 80]
+    assert Scraped().rank_loads([state]).tokens[0] == [80, 80]
+
+
+def test_what_the_ledger_was_is_known_as_far_back_as_changes_are_kept():
+    now_s = [0.0]
+    table = LoadTable([worker()], lambda: now_s[0])
+    state = table.states[0]
+    was, rng, leases = [], random.Random(3), []
+    for step in range(3 * MAX_CHANGES):
+        now_s[0] = float(step)
+        if leases and rng.random() < 0.5:
+            table.release(leases.pop(rng.randrange(len(leases))))
+        else:
+            leases.append(table.charge(state, 0, rng.randrange(1_000)))
+        was.append(state.ranks[0].outstanding_tokens)
+    rank = state.ranks[0]
+    for back in (1, 2, 100, MAX_CHANGES - 1, MAX_CHANGES):
+        assert rank.outstanding_at(now_s[0] - back + 0.5) == was[-1 - back]
+    assert rank.outstanding_at(5.0) == was[-1 - MAX_CHANGES]  # the oldest that is known
+    assert rank.changed_at_s == now_s[0]
+    assert len(rank.changes) == 2 * MAX_CHANGES
 
 
 def test_figures_for_unknown_workers_and_ranks_are_dropped():

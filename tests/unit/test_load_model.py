@@ -34,7 +34,7 @@ class Scene:
 
     @property
     def loads(self) -> list[float]:
-        (loads,) = self.live.rank_tokens([self.state])
+        (loads,) = self.live.rank_loads([self.state]).tokens
         return loads
 
     def charge(self, dp_rank: int, tokens: float):

@@ -87,7 +87,7 @@ class Speeds:
     def __init__(self, *drain_s: float) -> None:
         self._drain_s = drain_s
 
-    def rank_tokens(self, states):
+    def rank_loads(self, states):
         raise AssertionError
 
     def drain_s(self, states):
