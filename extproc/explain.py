@@ -35,10 +35,9 @@ class Recorder:
         self.compared.extend(states)
         return self.loads.rank_loads(states)
 
-    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+    def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """How long a request would wait on each worker."""
-        self.compared.extend(states)
-        return self.loads.drain_s(states)
+        return self.loads.drain_s(states, tokens)
 
     def take(self) -> list[WorkerState]:
         """What was compared since the last time."""

@@ -35,10 +35,10 @@ class LoadModel(Protocol):
     def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
         """Load of each worker's ranks."""
 
-    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+    def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """How long a request would wait on each worker, in seconds, or in anything in proportion to that.
 
-        It waits on one rank only: the least loaded one, so that counts, not the sum over the ranks.
+        `tokens`: what `rank_loads` said of them just now. It waits on one rank only: the least loaded one, so that counts, not the sum over the ranks.
         """
 
 
@@ -61,9 +61,9 @@ class Scraped:
             loads.append(tokens)
         return RankLoads(loads, final=True)
 
-    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+    def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """Tokens on the least loaded rank: this rule knows no speeds."""
-        return list(map(min, self.rank_loads(states).tokens))
+        return list(map(min, tokens))
 
 
 class Live:
@@ -87,17 +87,17 @@ class Live:
         corrected = _corrected(states, ledger, now_s)
         return RankLoads(ledger, final=False) if corrected is None else RankLoads(corrected, final=True)
 
-    def drain_s(self, states: Sequence[WorkerState]) -> list[float]:
+    def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
         drains = []
         usual = 0.0
-        for state, loads in zip(states, self.rank_loads(states).tokens, strict=True):
+        for state, loads in zip(states, tokens, strict=True):
             least_s = inf
-            for rank, tokens in zip(state.ranks, loads, strict=True):
-                if not tokens:  # whatever its speed
+            for rank, load in zip(state.ranks, loads, strict=True):
+                if not load:  # whatever its speed
                     least_s = 0.0
                     break
-                wait_s = tokens / (rank.tokens_per_s or usual or (usual := _usual_speed(states)))
+                wait_s = load / (rank.tokens_per_s or usual or (usual := _usual_speed(states)))
                 if wait_s < least_s:  # noqa: PLR1730 - a call of min() is twice the time
                     least_s = wait_s
             drains.append(least_s)

@@ -25,4 +25,6 @@ class LeastLoad(WorkerPolicy):
     def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """The one with the shortest drain time, then the fewest legs in flight, then any."""
         drawn = self._fleet.draw(states)
-        return Choice(self._fleet.least(drawn, self._loads.drain_s(drawn), in_flight))
+        tokens, final = self._loads.rank_loads(drawn)
+        best = self._fleet.least(drawn, self._loads.drain_s(drawn, tokens), in_flight)
+        return Choice(best, None, tokens[drawn.index(best)] if final else None)

@@ -210,9 +210,9 @@ def test_a_worker_is_as_busy_as_its_least_loaded_rank():
     for state, loads in zip(fleet.states, ((900, 100), (300,)), strict=True):
         for rank, tokens in zip(state.ranks, loads, strict=True):
             rank.outstanding_tokens = tokens
-    assert live.drain_s(fleet.states) == [100, 300]
+    assert live.drain_s(fleet.states, live.rank_loads(fleet.states).tokens) == [100, 300]
     fleet.states[1].ranks[0].tokens_per_s = 1_000.0  # the others are taken for as fast
-    assert live.drain_s(fleet.states) == pytest.approx([0.1, 0.3])
+    assert live.drain_s(fleet.states, live.rank_loads(fleet.states).tokens) == pytest.approx([0.1, 0.3])
 
 
 def test_an_unknown_model_is_named():

@@ -88,9 +88,9 @@ class Speeds:
         self._drain_s = drain_s
 
     def rank_loads(self, states):
-        raise AssertionError
+        return RankLoads([[1.0] * len(state.ranks) for state in states], final=True)
 
-    def drain_s(self, states):
+    def drain_s(self, states, tokens):
         return [self._drain_s[int(state.worker.name.removeprefix("prefill")[0])] for state in states]
 
 
