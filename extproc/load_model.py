@@ -38,7 +38,8 @@ class LoadModel(Protocol):
     def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """How long a request would wait on each worker, in seconds, or in anything in proportion to that.
 
-        `tokens`: what `rank_loads` said of them just now. It waits on one rank only: the least loaded one, so that counts, not the sum over the ranks.
+        `tokens`: what `rank_loads` said of them just now. It waits on one rank only: the least loaded one, so that
+        counts, not the sum over the ranks.
         """
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.errors import ConfigError
+from extproc.load_model import RankLoads
 from extproc.policy import PolicyContext, make_rank_policy, make_worker_policy
 from extproc.policy.bucket import Bucket, split_evenly
 from extproc.policy.fleet import COMPARE_ALL
