@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from perf_load import Figures
-from perf_report import MIB, Results, background, rows
+from perf_report import MIB, Results, background, rows, stage_rows
 
 from extproc.errors import ConfigError
 
@@ -34,6 +34,9 @@ def markdown(results: Results) -> str:
     if results.decisions:
         names = ("policy", "workers", "body", "parse", "pick + charge", "mutate", "decision")
         parts += ["", "### Decision, µs of CPU", *_table(names, _decisions(results))]
+    if results.stages:
+        steps = _table(("step", "µs"), stage_rows(results))
+        parts += ["", "### Steps of one request in the service, without transport", *steps]
     words = background(results)[: -len(results.hot[:20]) or None]
     if words:
         parts += ["", "### Beside requests", *(f"- {line}" for line in words)]

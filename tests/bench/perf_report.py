@@ -3,13 +3,14 @@
 import dataclasses
 import enum
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from perf_background import Memory, Scraping
 from perf_decision import POLICY, Decision
 from perf_load import Figures
+from perf_stages import Stage
 from rich.table import Table
 
 MIB = 1 << 20
@@ -84,6 +85,8 @@ class Results:
     figures: list[Figures] = field(default_factory=list)
     """In the order of the repeats."""
     decisions: list[Decision] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    """In the order of a request."""
     scraping: Scraping | None = None
     memory: Memory | None = None
     hot: list[tuple[str, float]] = field(default_factory=list)
@@ -233,6 +236,21 @@ def decisions(results: Results) -> Table:
         figures = (d.parse_us, d.place_us, d.mutate_us, d.decision_us)
         table.add_row(d.policy, str(d.workers), d.body, *(f"{value:.1f}" for value in figures))
     return table
+
+
+def stage_table(results: Results) -> Table:
+    """Microseconds of each step of a request."""
+    table = Table("step of a request, without transport", "us", title="Stages")
+    for name, value in stage_rows(results):
+        table.add_row(name, value)
+    return table
+
+
+def stage_rows(results: Results) -> Iterator[tuple[str, str]]:
+    """Cells of that table, the sum at the end."""
+    for stage in results.stages:
+        yield stage.name, f"{stage.median_us:.1f}"
+    yield "together", f"{sum(stage.median_us for stage in results.stages):.1f}"
 
 
 def background(results: Results) -> list[str]:

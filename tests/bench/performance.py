@@ -28,7 +28,8 @@ from perf_gateways import BY_NAME, CONTENDERS, Gateway, available, running
 from perf_load import Cell, Rig, measure, write_bodies
 from perf_markdown import write_into
 from perf_native import make_tools
-from perf_report import Results, as_json, background, decisions, gateways, verdicts
+from perf_report import Results, as_json, background, decisions, gateways, stage_table, verdicts
+from perf_stages import stages
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,7 +45,7 @@ CELLS = tuple(Cell(body, connections=count) for body in RATES for count in CONNE
 )
 QUICK_CELLS = (Cell("2KB", connections=16), Cell("SSE", connections=16), Cell("2KB", rate=50))
 QUICK_CONTENDERS = ("direct", "extproc", "floor")
-PARTS = ("gateways", "decision", "scrape", "memory", "flame")
+PARTS = ("gateways", "decision", "stages", "scrape", "memory", "flame")
 QUICK_PARTS = ("gateways", "decision")
 WORKERS = 2
 """Of each role."""
@@ -85,6 +86,7 @@ class Plan:
         steps = {
             "gateways": self.repeats * sum(_takes_part(name, cell) for name in self.contenders for cell in self.cells),
             "decision": len(SIZES) + 2 * len(policies()),
+            "stages": 1,
             "scrape": 1,
             "memory": 1,
             "flame": 1,
@@ -114,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(gateways(results))
     if results.decisions:
         console.print(decisions(results))
+    if results.stages:
+        console.print(stage_table(results))
     for line in background(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(verdicts(results))
@@ -203,6 +207,9 @@ def run(plan: Plan, console: Console) -> Results:
         write_bodies(directory)
         if "decision" in plan.parts:
             _decide(plan, results, step)
+        if "stages" in plan.parts:
+            step("stages")
+            results.stages = stages()
         if "memory" in plan.parts:
             step(f"{plan.prompts:,} prompts")
             results.memory = remember(plan.prompts)

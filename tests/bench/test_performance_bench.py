@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import perf_stages
 import performance
 import pytest
 from perf_decision import decide
 from perf_flame import draw, own_shares, read, without_common_root
 from perf_load import BODIES, Figures, body_of
 from perf_markdown import BEGIN, END, write_into
-from perf_report import Results, Verdict, as_json, rows
+from perf_report import Results, Verdict, as_json, rows, stage_rows
 
 NATIVE = pytest.mark.skipif(
     not (shutil.which("gcc") and shutil.which("wrk")), reason="needs gcc and wrk: apt-get install gcc libc6-dev wrk"
@@ -44,6 +45,15 @@ def test_a_decision_has_its_parts() -> None:
     decision = decide("cache_aware", 10, "2KB", batches=1)
     assert min(decision.parse_us, decision.place_us, decision.mutate_us) > 0
     assert decision.decision_us == decision.place_us + decision.mutate_us
+
+
+def test_every_step_of_a_request_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perf_stages, "REQUESTS", 3)
+    monkeypatch.setattr(perf_stages, "WARM_UP", 1)
+    results = Results({}, {}, stages=perf_stages.stages())
+    assert len(results.stages) == len({stage.name for stage in results.stages}) > 10
+    assert all(stage.median_us > 0 for stage in results.stages)
+    assert list(stage_rows(results))[-1][0] == "together"
 
 
 @pytest.mark.parametrize("name", BODIES)
