@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from extproc.delays import SLACK, Delays
+from extproc.delays import MAX_SLACK_S, SLACK, Delays
 
 
 class Loop:
@@ -121,3 +121,14 @@ def test_an_error_stops_nobody_else(loop):
         loop.advance(2.0)
     loop.advance(2.0)
     assert told == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("after_s", "slack_s"), [(0.02, 0.02 * SLACK), (600.0, MAX_SLACK_S)])
+def test_it_is_late_by_little(loop, after_s, slack_s):
+    told = []
+    delays = Delays(after_s, told.append)
+    delays.add("a")
+    loop.advance(after_s)
+    assert not told
+    loop.advance(after_s + slack_s)
+    assert told == ["a"]
