@@ -92,15 +92,6 @@ async def validate(config_yaml: str, *, binary: Path | None = None) -> None:
         raise ConfigError(f"Envoy refuses the configuration: {output.decode(errors='replace').strip()}")
 
 
-def worker_threads(processes: int) -> int | None:
-    """How many Envoy is to have beside that many processes of the service; None: its default, one a core.
-
-    One on a machine that has no more than a core for it: there a second thread costs Envoy and service a sixth more CPU
-    a request, for switching and smaller batches, and brings a tenth more requests at best (docs/decisions.md).
-    """
-    return 1 if (os.cpu_count() or 1) <= processes + 1 else None
-
-
 class EnvoyProcess:
     """One running Envoy. Use as an async context manager, or `start` and `stop`; `wait` tells when it ends.
 

@@ -12,7 +12,7 @@ from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
 from extproc.cli.serve import drain, stop_signal
 from extproc.config import Config
-from extproc.envoy_process import EnvoyError, EnvoyProcess, find_binary, worker_threads
+from extproc.envoy_process import EnvoyError, EnvoyProcess, find_binary
 from extproc.errors import ConfigError
 from extproc.memory import give_back_large_blocks, spare_what_stays
 from extproc.server import Service
@@ -28,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     envoy = parser.add_argument_group("envoy")
     envoy.add_argument("--envoy", metavar="PATH", help="the Envoy binary (default: the one of the extra [envoy])")
     envoy.add_argument(
-        "--envoy-concurrency",
-        type=int,
-        metavar="N",
-        help="Envoy's worker threads (default: one for each core; one where the service needs the others)",
+        "--envoy-concurrency", type=int, metavar="N", help="Envoy's worker threads (default: one for each core)"
     )
     envoy.add_argument("--access-log", metavar="FILE", help="Envoy's access log, JSON lines (/dev/stdout works)")
 
@@ -66,8 +63,7 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
             bootstrap = envoy_config.bootstrap(
                 config, admin="127.0.0.1:0", grpc_target=addresses.grpc, access_log=access_log
             )
-            threads = concurrency or worker_threads(config.processes)
-            async with EnvoyProcess(envoy_config.to_yaml(bootstrap), binary=binary, concurrency=threads) as envoy:
+            async with EnvoyProcess(envoy_config.to_yaml(bootstrap), binary=binary, concurrency=concurrency) as envoy:
                 spare_what_stays()
                 service.envoy_serves()
                 logger.info(

@@ -15,7 +15,7 @@ import uvloop
 
 from extproc import envoy_config, wire
 from extproc.config import Config, build
-from extproc.envoy_process import EnvoyProcess, worker_threads
+from extproc.envoy_process import EnvoyProcess
 from extproc.events import Answer, Leg, Phase
 from extproc.model import Pick, Placement, Role, Worker
 from extproc.mutation import MODE, PREFILL_ENDPOINT, mutate, request_headers
@@ -128,7 +128,7 @@ async def serve(config: Config, transport_name: str) -> None:
         transport = TRANSPORTS[transport_name](NoOp(prefill, decode), config.max_payload_size, None)  # type: ignore[arg-type]
         target = await transport.listen(f"unix:{directory}/ext_proc.sock")
         bootstrap = envoy_config.bootstrap(config, admin="127.0.0.1:0", grpc_target=target)
-        async with EnvoyProcess(envoy_config.to_yaml(bootstrap), concurrency=worker_threads(1)):
+        async with EnvoyProcess(envoy_config.to_yaml(bootstrap)):
             await stop.wait()
         await transport.stop()
 

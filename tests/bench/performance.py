@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from extproc.demo.stack import StackError
-from extproc.envoy_process import find_binary, worker_threads
+from extproc.envoy_process import find_binary
 from extproc.errors import ConfigError
 
 CONNECTIONS = (1, 16, 64)
@@ -313,7 +313,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     """How it was run."""
     return {
         "workers": f"{WORKERS} prefill, {WORKERS} decode, {RANKS} ranks each",
-        "envoy concurrency": f"{worker_threads(1) or os.cpu_count()} (plain Envoy: one thread a core)",
+        "envoy concurrency": f"{os.cpu_count()} (its default, and that of `extproc up`: one thread a core)",
         "commit": _said(["git", "-C", str(DOCS), "rev-parse", "--short", "HEAD"], 0),
         "pinning": "none: engines, generator and gateway share all cores",
         "repeats": plan.repeats,

@@ -13,23 +13,12 @@ from envoy_stub import PATIENCE_S, free_port, run
 
 from extproc.config import Config
 from extproc.envoy_config import bootstrap, to_yaml
-from extproc.envoy_process import ENVOY_BIN, EnvoyError, EnvoyProcess, find_binary, validate, worker_threads
+from extproc.envoy_process import ENVOY_BIN, EnvoyError, EnvoyProcess, find_binary, validate
 from extproc.errors import ConfigError
 
 
 def some_yaml(port: int | None = None, admin: str | None = "127.0.0.1:0") -> str:
     return to_yaml(bootstrap(Config(host="127.0.0.1", port=port or free_port()), admin=admin))
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "threads"),
-    [(None, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, None), (4, 2, None), (4, 3, 1), (2, 4, 1)],
-)
-def test_envoy_leaves_cores_to_the_service(
-    monkeypatch: pytest.MonkeyPatch, cores: int | None, processes: int, threads: int | None
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert worker_threads(processes) == threads
 
 
 def fake_envoy(directory: Path, script: str) -> Path:
