@@ -5,7 +5,6 @@ Synchronous, as the processes' starters are.
 
 import contextlib
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from bench_process import end
 from bench_workload import MODEL, Plan
 
 from extproc.demo.stack import HOST, STOP_TIMEOUT_S, Stack, StackError, free_port
@@ -159,12 +159,7 @@ def _running_smg(stack: Stack, flags: tuple[str, ...], log: Path) -> Iterator[Ga
         _wait_for_smg(process, url, log)
         yield Gateway(url, process.pid)
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        end(process, STOP_TIMEOUT_S)
 
 
 def _wait_for_smg(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

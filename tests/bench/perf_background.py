@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from bench_process import end
 from perf_decision import make_scheduler, release
 from perf_engines import Engines
 from perf_gateways import QUIET, START_S, STOP_S
@@ -101,12 +101,7 @@ def _run(engines: Engines, directory: Path, *, interval_s: float, seconds: float
         after = _scrapes(status)
         return used, after[0] - counted[0], round(after[1] - counted[1])
     finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        end(process, STOP_S)
 
 
 def _metrics(port: int) -> str:

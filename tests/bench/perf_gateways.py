@@ -6,7 +6,6 @@ All of them run at the same time, in front of the same engines; only one at a ti
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from bench_process import end
 from perf_engines import BOOTSTRAP_PORT, MODEL, Engine, Engines
 from perf_processes import Usage, family, resident_bytes, usage
 
@@ -140,12 +140,7 @@ def running(contender: Contender, engines: Engines, directory: Path) -> Iterator
         _wait_until_it_answers(contender, process, port, log)
         yield Gateway(contender, port, process.pid)
     finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        end(process, STOP_S)
 
 
 def _command(contender: Contender, engines: Engines, port: int, directory: Path) -> tuple[list[str], Mapping[str, str]]:

@@ -6,7 +6,6 @@ machine does meets all of them. docs/performance.md says what the figures mean.
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import signal
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench_process import write_json
 from perf_background import remember, scrape
 from perf_decision import POLICY, RANKS, SIZES, decide, policies
 from perf_engines import running_engines
@@ -124,11 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.docs is not None:
         write_into(options.docs, results)
     if options.json is not None:
-        text = json.dumps(as_json(results), indent=2)
-        if options.json == Path("-"):
-            print(text)
-        else:
-            options.json.write_text(text + "\n")
+        write_json(options.json, as_json(results))
     return EXIT_FAILURES if results.failed else 0
 
 

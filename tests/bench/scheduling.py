@@ -6,13 +6,13 @@ all of them. docs/scheduling.md says what the figures mean.
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench_contenders import BY_NAME, CONTENDERS, SMG_PYTHON, smg_python
+from bench_process import write_json
 from bench_report import Results, as_json, table
 from bench_run import RunFigures, run
 from bench_workload import Plan
@@ -57,11 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in [error for figures in runs for error in figures.errors]:
             console.print(f"{name}: {problem}", style="red", markup=False)
     if options.json is not None:
-        text = json.dumps(as_json(results), indent=2)
-        if options.json == Path("-"):
-            print(text)
-        else:
-            options.json.write_text(text + "\n")
+        write_json(options.json, as_json(results))
     return EXIT_FAILURES if results.failures else 0
 
 
