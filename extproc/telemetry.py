@@ -3,16 +3,16 @@
 Never prompts, bodies or credentials: only what `Finished` holds. Gauges are read off the load table when asked for.
 """
 
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from extproc.circuit import CircuitState
+from extproc.counters import Counted, Counts, Histogram
 from extproc.events import Finished, Outcome
 from extproc.load import LoadTable
 from extproc.model import Pick
@@ -47,128 +47,116 @@ class Telemetry:
         self.registry = registry = CollectorRegistry()
         self.decisions: deque[Finished] = deque(maxlen=KEPT_DECISIONS)
         """The scheduler's last decisions whose attempts are over, in the order of their ends."""
-        self._attempts = Counter(
+        self._attempts = Counts(
             "extproc_attempts",
             "Attempts at requests that ended, by outcome. A retried request has several.",
             ["endpoint", "outcome", "status"],
-            registry=registry,
         )
-        self._legs = Counter(
+        self._legs = Counts(
             "extproc_legs_ended",
             "Legs of attempts that ended, by how. Of an attempt, only the leg that failed is `failed`.",
             ["role", "worker", "end"],
-            registry=registry,
         )
-        self._retries = Counter(
+        self._retries = Counts(
             "extproc_retries",
             "Attempts beyond the first at a request, by their outcome.",
             ["outcome"],
-            registry=registry,
         )
         self._decision = Histogram(
             "extproc_decision_seconds",
             "From a request's body to its placement and new bodies.",
-            buckets=DECISION_BUCKETS_S,
-            registry=registry,
+            [],
+            DECISION_BUCKETS_S,
         )
         self._estimate = Histogram(
             "extproc_prompt_estimate_ratio",
             "Prompt tokens as estimated, over those that the engine counted; 1 is right. A sample of all prompts.",
             ["endpoint"],
-            buckets=ESTIMATE_BUCKETS_RATIO,
-            registry=registry,
+            ESTIMATE_BUCKETS_RATIO,
         )
         self._response_headers = Histogram(
             "extproc_response_headers_seconds",
             "From a request's headers to the decode worker's response headers.",
             ["endpoint"],
-            buckets=LEG_BUCKETS_S,
-            registry=registry,
+            LEG_BUCKETS_S,
         )
         self._prefill = Histogram(
             "extproc_prefill_leg_seconds",
             "From dispatch to the end of the prefill leg.",
             ["worker"],
-            buckets=LEG_BUCKETS_S,
-            registry=registry,
+            LEG_BUCKETS_S,
         )
         self._scrapes = Histogram(
             "extproc_scrape_seconds",
             "Time a scrape of a worker's loads took.",
             ["worker"],
-            buckets=LEG_BUCKETS_S,
-            registry=registry,
+            LEG_BUCKETS_S,
         )
-        self._scrape_failures = Counter(
-            "extproc_scrape_failures", "Scrapes that gave no loads.", ["worker"], registry=registry
+        self._scrape_failures = Counts("extproc_scrape_failures", "Scrapes that gave no loads.", ["worker"])
+        registry.register(
+            Counted(
+                *(self._attempts, self._legs, self._retries, self._decision, self._estimate),
+                *(self._response_headers, self._prefill, self._scrapes, self._scrape_failures),
+            )
         )
-        # The client library takes some µs to find what belongs to labels; there are few of each.
-        self._attempt = functools.lru_cache(maxsize=1024)(self._attempts.labels)
-        self._leg = functools.lru_cache(maxsize=16_384)(self._legs.labels)
-        self._response_header = functools.lru_cache(maxsize=16)(self._response_headers.labels)
-        self._prefill_leg = functools.lru_cache(maxsize=4096)(self._prefill.labels)
-        self._scrape = functools.lru_cache(maxsize=4096)(self._scrapes.labels)
         registry.register(_Gauges(table, clock, open_exchanges))
 
     def finished(self, record: Finished) -> None:
         """An attempt is over."""
         if record.placement or record.outcome in UNPLACED:
             self.decisions.append(record)
-        self._attempt(record.endpoint, record.outcome, record.status).inc()
+        self._attempts[record.endpoint, record.outcome, record.status] += 1
         if record.attempt > 1:
-            self._retries.labels(record.outcome).inc()
+            self._retries[record.outcome,] += 1
         if record.placement and record.prefill_end and record.decode_end:
-            self._leg("prefill", record.placement.prefill.worker.name, record.prefill_end).inc()
-            self._leg("decode", record.placement.decode.worker.name, record.decode_end).inc()
+            self._legs["prefill", record.placement.prefill.worker.name, record.prefill_end] += 1
+            self._legs["decode", record.placement.decode.worker.name, record.decode_end] += 1
         if record.decision_s is not None:
-            self._decision.observe(record.decision_s)
+            self._decision[()].observe(record.decision_s)
         if record.counted_tokens:
-            self._estimate.labels(record.endpoint).observe(record.prompt_tokens / record.counted_tokens)
+            self._estimate[record.endpoint,].observe(record.prompt_tokens / record.counted_tokens)
         if record.response_headers_s is not None and record.outcome is Outcome.OK:
-            self._response_header(record.endpoint).observe(record.response_headers_s)
+            self._response_headers[record.endpoint,].observe(record.response_headers_s)
         if record.prefill_s is not None and record.placement:
-            self._prefill_leg(record.placement.prefill.worker.name).observe(record.prefill_s)
+            self._prefill[record.placement.prefill.worker.name,].observe(record.prefill_s)
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", log_line(record))
 
     def scraped(self, worker_name: str, duration_s: float, failed: bool) -> None:
         """A scrape is over."""
-        self._scrape(worker_name).observe(duration_s)
+        self._scrapes[worker_name,].observe(duration_s)
         if failed:
-            self._scrape_failures.labels(worker_name).inc()
+            self._scrape_failures[worker_name,] += 1
 
 
 def log_line(record: Finished) -> str:
     """One attempt as `key=value` pairs, in a fixed order."""
-    pairs: dict[str, object] = {
-        "outcome": record.outcome,
-        "status": record.status,
-        "endpoint": record.endpoint,
-        "request_id": record.request_id or "-",
-        "attempt": record.attempt,
-    }
-    if record.placement:
-        pairs |= {
-            "prefill": _pick(record.placement.prefill),
-            "decode": _pick(record.placement.decode),
-            "room": record.placement.room,
-            "prompts": record.batch_size,
-            "tokens": round(record.prompt_tokens),
-        }
+    placement, explanation = record.placement, record.explanation
+    said = [
+        f"outcome={record.outcome} status={record.status} endpoint={record.endpoint}",
+        f"request_id={record.request_id or '-'} attempt={record.attempt}",
+    ]
+    if placement:
+        said += (
+            f"prefill={_pick(placement.prefill)} decode={_pick(placement.decode)} room={placement.room}",
+            f"prompts={record.batch_size} tokens={round(record.prompt_tokens)}",
+        )
     elif record.direct_worker:
-        pairs["decode"] = record.direct_worker
+        said.append(f"decode={record.direct_worker}")
     if record.counted_tokens:
-        pairs["counted"] = record.counted_tokens
-    if record.placement:
-        pairs |= {"prefill_end": record.prefill_end, "decode_end": record.decode_end}
-    times = {"response_headers": record.response_headers_s, "prefill": record.prefill_s, "duration": record.duration_s}
-    pairs |= {f"{name}_ms": f"{seconds * 1e3:.1f}" for name, seconds in times.items() if seconds is not None}
-    if record.explanation:
-        pairs["prefill_loads"] = f'"{record.explanation.prefill}"'
-        pairs["decode_loads"] = f'"{record.explanation.decode}"'
+        said.append(f"counted={record.counted_tokens}")
+    if placement:
+        said.append(f"prefill_end={record.prefill_end} decode_end={record.decode_end}")
+    if record.response_headers_s is not None:
+        said.append(f"response_headers_ms={record.response_headers_s * 1e3:.1f}")
+    if record.prefill_s is not None:
+        said.append(f"prefill_ms={record.prefill_s * 1e3:.1f}")
+    said.append(f"duration_ms={record.duration_s * 1e3:.1f}")
+    if explanation:
+        said.append(f'prefill_loads="{explanation.prefill}" decode_loads="{explanation.decode}"')
     if record.reason:
-        pairs["reason"] = f'"{record.reason}"'
-    return " ".join(f"{name}={value}" for name, value in pairs.items())
+        said.append(f'reason="{record.reason}"')
+    return " ".join(said)
 
 
 def _pick(pick: Pick) -> str:
