@@ -210,7 +210,7 @@ class EnvoyProcess:
     async def drain(self) -> None:
         """Take no new connections, end idle ones, let requests finish; returns when the listeners are closed.
 
-        Only inbound listeners: the internal ones carry the requests that are still to finish.
+        Only inbound listeners: the internal one carries the requests that are still to finish.
         """
         if await self._ask("POST", "/drain_listeners?graceful&inboundonly"):
             await asyncio.sleep(

@@ -16,7 +16,7 @@ from extproc.trace_context import Trace
 
 
 class Leg(enum.StrEnum):
-    """Which of an exchange's two streams; sent by Envoy as the stream's `x-pd-leg` metadata."""
+    """Which of an exchange's two streams. Envoy's filter on the prefill leg sends no `:method`."""
 
     ROUTE = "route"
     """Client → decode worker."""
@@ -50,6 +50,11 @@ class RequestHeaders(_Plain, frozen=True):
     headers: Mapping[str, str]
     end_of_stream: bool
     """There is no body."""
+
+    @property
+    def leg(self) -> Leg:
+        """Whose it is, by what each of Envoy's filters is told to send (`READ_HEADERS`, `PREFILL_READ_HEADERS`)."""
+        return Leg.ROUTE if ":method" in self.headers else Leg.PREFILL
 
 
 class RequestBody(_Plain, frozen=True):

@@ -50,7 +50,6 @@ from extproc.model import Placement
 from extproc.mutation import (
     DECODE_ENDPOINT,
     MODE,
-    PREFILL_ENDPOINT,
     RETRY,
     Headers,
     Mutation,
@@ -514,14 +513,12 @@ class Exchange:
 
     def _send_prefill(self) -> list[Effect]:
         assert self._mutation is not None  # noqa: S101 - only placed exchanges are found by a prefill stream
-        assert self._scheduled is not None  # noqa: S101
         self.prefill_state = PrefillState.SENT
-        mutation, endpoint = self._mutation, self._scheduled.placement.prefill.worker.endpoint
+        mutation = self._mutation
         self._mutation = None  # both bodies are on their way; a long stream need not keep them in memory
-        # Its own mark: a mirrored request that was not answered here must not reach the engine, with the client's body.
-        headers: Headers = ((MODE, "prefill"), (PREFILL_ENDPOINT, endpoint or ""), *mutation.prefill_headers)
-        answer = Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=mutation.prefill_body, pick_route_again=True)
-        return [Send(Leg.PREFILL, answer)]
+        # Its own mark: a mirrored request that was not answered here must not reach the engine, with decode's body.
+        headers: Headers = ((MODE, "prefill"), *mutation.prefill_headers)
+        return [Send(Leg.PREFILL, Answer(Phase.REQUEST_HEADERS, set_headers=headers, body=mutation.prefill_body))]
 
     def _prefill_answered(self, event: ResponseHeaders) -> list[Effect]:
         status = event.status
@@ -589,11 +586,13 @@ class Exchange:
         if self._dispatched_s is not None:
             self._prefill_s = self._gateway.clock() - self._dispatched_s
         assert self._scheduled is not None  # noqa: S101
-        if before is PrefillState.SENT:
+        # Before its first message: of a refused connection, with grpcio, only the call itself is seen.
+        unanswered = before in {PrefillState.EXPECTED, PrefillState.SENT}
+        if unanswered:
             self._prefill_failed, self._prefill_end = True, LegEnd.FAILED
         self._gateway.table.release(self._scheduled.prefill, self._prefill_failed, judge=not self._may_be_echo)
         effects: list[Effect] = []
-        if before is PrefillState.SENT:
+        if unanswered:
             effects = self._fail_prefill("closed the connection without an answer")
         elif before is PrefillState.REJECTED:
             effects = self._pass_on_rejection(b"")

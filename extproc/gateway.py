@@ -9,9 +9,9 @@ from extproc.config import Config
 from extproc.direct import DirectPaths
 from extproc.errors import ConfigError
 from extproc.estimate import TokenEstimator
-from extproc.events import Effect, Event, Finished, RequestHeaders
+from extproc.events import Effect, Event, Finished
 from extproc.load import LoadTable
-from extproc.mutation import ROOM, Headers
+from extproc.mutation import Headers
 from extproc.number import number
 from extproc.request import Endpoint
 from extproc.schedule import Scheduler
@@ -81,9 +81,9 @@ class Gateway:
         """Whether a placed request's prefill stream is still to come."""
         return any(exchange.awaits_prefill for exchange in self._open.values())
 
-    def find(self, headers: RequestHeaders) -> Attempt | None:
-        """The exchange a new prefill stream belongs to, by the room in its headers; None: refuse it."""
-        exchange = self._open.get(number(headers.headers.get(ROOM, "")) or -1)
+    def find(self, room: str) -> Attempt | None:
+        """The exchange a new prefill stream belongs to, by the room that it names; None: refuse it."""
+        exchange = self._open.get(number(room) or -1)
         return exchange if exchange and exchange.awaits_prefill else None
 
     def broken(self, room: int) -> Attempt | None:

@@ -6,7 +6,6 @@ Field names: SGLang 0.5.23, `GenerateReqInput` and the OpenAI request classes.
 """
 
 import functools
-import re
 from collections.abc import Iterable
 
 import msgspec
@@ -16,7 +15,8 @@ from extproc.model import Pick, Placement
 from extproc.request import GenerationRequest
 
 MODE = "x-pd-mode"
-"""`pd`: two legs; `direct`: one decode worker, untouched; on the prefill leg `prefill`. Envoy's routes match on it."""
+"""`pd`: two legs; `direct`: one decode worker, untouched. Envoy's routes match on it. `prefill`: on the prefill leg,
+once the service has answered there, too."""
 ROOM = "x-pd-room"
 PREFILL_ENDPOINT = "x-pd-prefill-endpoint"
 PREFILL_RANK = "x-pd-prefill-rank"
@@ -25,8 +25,8 @@ DECODE_RANK = "x-pd-decode-rank"
 """Request headers set by the service; the endpoints are `ip:port`, and Envoy dials what they say."""
 
 PROCESS = "x-pd-process"
-"""Where the service has several processes: the number of the one that has placed the request, for its prefill leg and
-the access log, which have to come to the same one."""
+"""Where the service has several processes: which one has placed the request (`process_mark`), as its prefill leg and
+the access log have to come to the same one."""
 
 PREFILL = "x-pd-prefill"
 DECODE = "x-pd-decode"
@@ -48,8 +48,6 @@ RESERVED_NAMES = frozenset({"x-data-parallel-rank", "x-gateway-destination-endpo
 
 Headers = tuple[tuple[str, str], ...]
 
-_EMPTY_OBJECT = re.compile(rb"\s*\{\s*\}")
-
 
 class Mutation(msgspec.Struct, frozen=True, gc=False):
     """What both legs carry."""
@@ -66,37 +64,34 @@ class Mutation(msgspec.Struct, frozen=True, gc=False):
 def mutate(request: GenerationRequest, placement: Placement, body: bytes) -> Mutation:
     """Headers and both bodies for a placed request. `body` is the client's, already parsed as a JSON object."""
     prefill, decode = placement.prefill, placement.decode
-    bootstrap = prefill.worker.bootstrap_host, prefill.worker.bootstrap_port
-    ranks = prefill.dp_rank, decode.dp_rank
-    for_prefill, for_decode = _members(bootstrap, ranks, request.client_fields, request.streams)
-    room = b'"bootstrap_room":%d,' % placement.room
-    return Mutation(
-        headers=request_headers(placement),
-        decode_body=splice(body, room + for_decode),
-        prefill_body=splice(body, room + for_prefill),
+    worker, room = prefill.worker, b'"bootstrap_room":%d,' % placement.room
+    for_prefill, for_decode = _members(
+        worker.bootstrap_host, worker.bootstrap_port, prefill.dp_rank, request.client_fields, request.streams
     )
+    if decode.dp_rank is not None:
+        for_decode = b'%b,"routed_dp_rank":%d' % (for_decode, decode.dp_rank)
+    prefill_body, decode_body = splice(body, room + for_prefill, room + for_decode)
+    return Mutation(request_headers(placement), decode_body, prefill_body)
 
 
 @functools.lru_cache(maxsize=4096)
 def _members(
-    bootstrap: tuple[str | None, int | None],
-    ranks: tuple[int | None, int | None],
+    bootstrap_host: str | None,
+    bootstrap_port: int | None,
+    prefill_rank: int | None,
     client_fields: tuple[str, ...],
     streams: bool,
 ) -> tuple[bytes, bytes]:
-    """What is added to the body of the prefill leg and of the decode leg, but for the room.
+    """What is added to the body of the prefill leg and of the decode leg, but for the room and decode's own rank.
 
-    The same for all requests of two ranks, so it is encoded once. `bootstrap`: host and port; `ranks`: the legs'.
+    The same for all requests of a prefill rank, so it is encoded once.
     """
     # A field that the client set and we do not is overridden with null, which an engine takes for absent.
     prefill: dict[str, object] = {name: None for name in client_fields if name != "bootstrap_room"}
-    prefill["bootstrap_host"], prefill["bootstrap_port"] = bootstrap
+    prefill["bootstrap_host"], prefill["bootstrap_port"] = bootstrap_host, bootstrap_port
     decode = dict(prefill)
-    prefill_rank, decode_rank = ranks
     if prefill_rank is not None:
         prefill["routed_dp_rank"] = decode["disagg_prefill_dp_rank"] = prefill_rank
-    if decode_rank is not None:
-        decode["routed_dp_rank"] = decode_rank
     if streams:
         # A prefill engine has one token to stream, and once a stream has begun it cannot answer with an error status.
         prefill |= {"stream": False, "stream_options": None}
@@ -148,6 +143,11 @@ def response_headers(placement: Placement) -> Headers:
     )
 
 
+def process_mark(process: int) -> str:
+    """The value of `PROCESS`: the cluster by which Envoy mirrors what this process has placed."""
+    return f"prefill_{process}"
+
+
 def explaining_headers(explanation: Explanation) -> Headers:
     """Why the placement is what it is, as response headers, for the client."""
     return ((PREFILL_LOADS, explanation.prefill), (DECODE_LOADS, explanation.decode))
@@ -163,11 +163,13 @@ def _reserved(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith(RESERVED_PREFIXES) or name in RESERVED_NAMES)
 
 
-def splice(body: bytes, members: bytes) -> bytes:
-    """A JSON object with encoded `members` added at its end; every byte of `body` is kept, a valid object."""
+def splice(body: bytes, one: bytes, other: bytes) -> tuple[bytes, bytes]:
+    """A JSON object with encoded members added at its end: with `one`, and with the `other`. Every byte of `body` is
+    kept, a valid object."""
     end = body.rindex(b"}")
-    separator = b"" if _EMPTY_OBJECT.match(body) else b","
-    return b"".join((memoryview(body)[:end], separator, members, body[end:]))
+    before, after = memoryview(body)[:end], body[end:]
+    separator = b"," if body.find(b'"') >= 0 else b""  # members have names
+    return b"".join((before, separator, one, after)), b"".join((before, separator, other, after))
 
 
 def _describe(pick: Pick) -> str:

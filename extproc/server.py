@@ -24,7 +24,7 @@ from extproc.events import Finished
 from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
-from extproc.mutation import PROCESS
+from extproc.mutation import PROCESS, process_mark
 from extproc.processes.figures import SummedRegistry
 from extproc.processes.leader import Leader
 from extproc.processes.messages import Draining, Observed, WorkerChanged
@@ -132,7 +132,7 @@ class Service:
                 workers_changed=self._tell_readiness,
                 wake=self._changed,
             )
-            self.gateway.marks = ((PROCESS, str(process)),)
+            self.gateway.marks = ((PROCESS, process_mark(process)),)
             self.gateway.tell_blame = self.replica.blamed
             self._summed = SummedRegistry(self.telemetry.registry)
         self._transport = TRANSPORTS[config.transport](

@@ -13,9 +13,7 @@ from extproc.delays import Delays
 from extproc.events import Effect, Ended, Finished, Leg, Linger, RequestHeaders, Send, Wake, Woken
 from extproc.exchange import Exchange, refuse_prefill
 from extproc.gateway import Attempt, Gateway
-
-LEG_METADATA = "x-pd-leg"
-"""gRPC metadata by which Envoy's two filters say which leg a stream is for (`initial_metadata` of its grpc_service)."""
+from extproc.mutation import ROOM
 
 MESSAGE_SLACK_BYTES = 1 << 20
 """On top of the largest body, for headers and framing."""
@@ -35,11 +33,11 @@ class Call:
 
     __slots__ = ("exchange", "leg", "outlet")
 
-    def __init__(self, leg: Leg, outlet: Outlet, exchange: Attempt | None) -> None:
-        self.leg = leg
+    def __init__(self, outlet: Outlet) -> None:
         self.outlet = outlet
-        self.exchange = exchange
-        """None while a prefill stream has not said which it belongs to, and for one that belongs to none."""
+        self.leg = Leg.ROUTE
+        self.exchange: Attempt | None = None
+        """None while a stream has not said what it is about, and for a prefill stream that belongs to no exchange."""
 
 
 class ExternalProcessor:
@@ -76,10 +74,14 @@ class ExternalProcessor:
     # For the transport
 
     def opened(self, metadata: Iterable[tuple[str, str | bytes]], outlet: Outlet) -> Call:
-        """A stream was opened, with the gRPC metadata of its call."""
-        if (LEG_METADATA, Leg.PREFILL) in metadata:
-            return Call(Leg.PREFILL, outlet, None)
-        return self._join(Call(Leg.ROUTE, outlet, None), Exchange(self._gateway))
+        """A stream was opened, with the gRPC metadata of its call: of a prefill leg that may name the room."""
+        call = Call(outlet)
+        for name, value in metadata:
+            if name == ROOM:
+                exchange = self._gateway.find(str(value))
+                if exchange is not None:
+                    self._join(call, exchange, Leg.PREFILL)
+        return call
 
     def received(self, call: Call, data: bytes) -> bool:
         """A message came. False: the stream is of no use any more.
@@ -87,14 +89,17 @@ class ExternalProcessor:
         Raises WireError and ProtocolViolation, which say what is wrong with it; then the stream has to be ended.
         """
         event = wire.decode(data)
-        if call.exchange is None:  # a prefill stream belongs to the exchange whose room its first message names
-            exchange = self._gateway.find(event) if isinstance(event, RequestHeaders) else None
-            if exchange is None:
-                call.outlet.write(wire.encode(refuse_prefill().reply))
-                return False
-            self._join(call, exchange)
         exchange = call.exchange
-        assert exchange is not None  # noqa: S101 - joined above
+        if exchange is None:  # its first message
+            if isinstance(event, RequestHeaders) and event.leg is Leg.PREFILL:
+                exchange = self._gateway.find(event.headers.get(ROOM, ""))
+                if exchange is None:
+                    call.outlet.write(wire.encode(refuse_prefill().reply))
+                    return False
+                self._join(call, exchange, Leg.PREFILL)
+            else:
+                exchange = Exchange(self._gateway)
+                self._join(call, exchange, Leg.ROUTE)
         self._apply(exchange, exchange.route(event) if call.leg is Leg.ROUTE else exchange.prefill(event))
         return True
 
@@ -118,11 +123,10 @@ class ExternalProcessor:
 
     # Inside
 
-    def _join(self, call: Call, exchange: Attempt) -> Call:
-        call.exchange = exchange
-        self._calls[call.leg][exchange] = call
+    def _join(self, call: Call, exchange: Attempt, leg: Leg) -> None:
+        call.exchange, call.leg = exchange, leg
+        self._calls[leg][exchange] = call
         self._idle.clear()
-        return call
 
     def _apply(self, exchange: Attempt, effects: Iterable[Effect]) -> None:
         for effect in effects:

@@ -18,7 +18,7 @@ from envoy_data_plane.envoy.config.core.v3 import Node
 from extproc.config import Config
 from extproc.envoy_config.addresses import socket_address
 from extproc.envoy_config.clusters import clusters
-from extproc.envoy_config.listeners import prefill_listener, public_listener, route_listener
+from extproc.envoy_config.listeners import public_listener, route_listener
 from extproc.envoy_config.overload import overload_manager
 from extproc.envoy_config.service_tls import secret_files
 from extproc.envoy_config.snippets import Variables, internal_listeners, list_of_snippets, snippet_text
@@ -40,8 +40,8 @@ def bootstrap(
     """The whole bootstrap.
 
     `admin` is `host:port` of the admin interface (none when absent), `grpc_target` where Envoy finds the service
-    (`host:port` or `unix:PATH`; default from the configuration), `access_log` a file for one JSON line per request
-    and leg (`/dev/stdout` works), `secrets` the folder with `secret_files` that Envoy is to watch (default: it reads
+    (`host:port` or `unix:PATH`; default from the configuration), `access_log` a file for JSON lines of each
+    request (`/dev/stdout` works), `secrets` the folder with `secret_files` that Envoy is to watch (default: it reads
     certificates once). Raises ConfigError for what Envoy cannot express.
     """
     return Bootstrap(
@@ -55,7 +55,6 @@ def bootstrap(
             listeners=[
                 public_listener(config, access_log=access_log),
                 route_listener(config, access_log=access_log),
-                prefill_listener(config, access_log=access_log),
             ],
             clusters=clusters(config, grpc_target=grpc_target, secrets=secrets),
         ),

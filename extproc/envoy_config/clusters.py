@@ -1,4 +1,4 @@
-"""The clusters: two internal hops, the two engine roles, the service."""
+"""The clusters: the internal hop, the two engine roles, the service."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +24,8 @@ from envoy_data_plane.envoy.config.core.v3 import (
     TcpKeepalive,
 )
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions as UpstreamHttpProtocolOptions
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
 from envoy_data_plane.google.protobuf import Any
@@ -33,13 +35,14 @@ from extproc.envoy_config.addresses import default_target, target_address, targe
 from extproc.envoy_config.names import (
     DECODE_CLUSTER,
     PREFILL_CLUSTER,
-    PREFILL_LISTENER,
     PROCESS_CLUSTER,
     ROUTE_LISTENER,
     SERVICE_CLUSTER,
 )
+from extproc.envoy_config.routing import prefill_filter, prefill_guard
 from extproc.envoy_config.service_tls import transport_socket, uses_tls
-from extproc.mutation import DECODE_ENDPOINT, PREFILL_ENDPOINT
+from extproc.exchange import EXTENSION_S
+from extproc.mutation import DECODE_ENDPOINT, PREFILL_ENDPOINT, process_mark
 
 SERVICE_CONNECT_TIMEOUT_S = 1
 """The service is on the same host or network; while it is down each request waits at most this long for its 503."""
@@ -54,20 +57,21 @@ UNLIMITED = 1_000_000
 """Circuit breaker threshold that is never reached: the default of 1024 would refuse requests that wait in engines'
 queues as designed. Admission is the service's decision."""
 
+_HTTP1 = HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions())
+
 KEEPALIVE = TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=10)
 """A peer that vanished without a FIN is noticed after a minute, also in the middle of a long prefill."""
 
 
 def clusters(config: Config, *, grpc_target: str | None = None, secrets: PurePosixPath | None = None) -> list[Cluster]:
-    """The two internal hops, the two engine roles, and the service. Raises ConfigError.
+    """The internal hop, the two engine roles, and the service. Raises ConfigError.
 
     `secrets`: the folder that Envoy is to watch for certificates.
     """
     return [
         _internal_cluster(ROUTE_LISTENER),
-        _internal_cluster(PREFILL_LISTENER),
         _engine_cluster(DECODE_CLUSTER, DECODE_ENDPOINT),
-        _engine_cluster(PREFILL_CLUSTER, PREFILL_ENDPOINT),
+        *_prefill_clusters(config),
         *_service_clusters(config, grpc_target or default_target(config), secrets),
     ]
 
@@ -80,12 +84,41 @@ def _internal_cluster(listener: str) -> Cluster:
         name=listener,
         type=ClusterDiscoveryType.STATIC,
         circuit_breakers=no_circuit_breaker(),
-        typed_extension_protocol_options=_http1_upstream(),
+        typed_extension_protocol_options=upstream_protocol(_HTTP1),
         load_assignment=_endpoints(listener, address),
     )
 
 
-def _engine_cluster(name: str, header: str) -> Cluster:
+def _prefill_clusters(config: Config) -> list[Cluster]:
+    """The way to prefill engines, through the filter that asks the service; where that has several processes, a way for
+    what each of them has placed."""
+    of_processes = {process_mark(process): PROCESS_CLUSTER.format(process) for process in range(config.processes)}
+    asked = of_processes if config.processes > 1 else {PREFILL_CLUSTER: SERVICE_CLUSTER}
+    # Frees what an engine that neither reads nor answers would hold forever; later than the service itself would.
+    longest = timedelta(seconds=config.prefill_timeout_secs + EXTENSION_S)
+    return [
+        _engine_cluster(
+            name,
+            PREFILL_ENDPOINT,
+            http_filters=[prefill_filter(config, service), prefill_guard(), _to_the_connection()],
+            max_stream_duration=longest,
+        )
+        for name, service in asked.items()
+    ]
+
+
+def _to_the_connection() -> HttpFilter:
+    """The last of a cluster's filters."""
+    return HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec()))
+
+
+def _engine_cluster(
+    name: str,
+    header: str,
+    *,
+    http_filters: Sequence[HttpFilter] = (),
+    max_stream_duration: timedelta | None = None,
+) -> Cluster:
     """Dials whatever `ip:port` the service wrote into `header`; hence the public listener strips it from clients."""
     return Cluster(
         name=name,
@@ -96,7 +129,13 @@ def _engine_cluster(name: str, header: str) -> Cluster:
         cleanup_interval=timedelta(seconds=ORIGINAL_DST_CLEANUP_S),
         circuit_breakers=no_circuit_breaker(),
         upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
-        typed_extension_protocol_options=_http1_upstream(idle_timeout=timedelta(seconds=ENGINE_IDLE_TIMEOUT_S)),
+        typed_extension_protocol_options=upstream_protocol(
+            _HTTP1,
+            HttpProtocolOptions(
+                idle_timeout=timedelta(seconds=ENGINE_IDLE_TIMEOUT_S), max_stream_duration=max_stream_duration
+            ),
+            http_filters,
+        ),
     )
 
 
@@ -144,19 +183,16 @@ def _without_dead_processes() -> OutlierDetection:
     )
 
 
-def _http1_upstream(idle_timeout: timedelta | None = None) -> dict[str, Any]:
-    return upstream_protocol(
-        HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()), idle_timeout
-    )
-
-
 def upstream_protocol(
-    protocol: HttpProtocolOptionsExplicitHttpConfig, idle_timeout: timedelta | None = None
+    protocol: HttpProtocolOptionsExplicitHttpConfig,
+    options_of_all: HttpProtocolOptions | None = None,
+    http_filters: Sequence[HttpFilter] = (),
 ) -> dict[str, Any]:
     """A cluster's `typed_extension_protocol_options`."""
     options = UpstreamHttpProtocolOptions(
         explicit_http_config=protocol,
-        common_http_protocol_options=HttpProtocolOptions(idle_timeout=idle_timeout) if idle_timeout else None,
+        common_http_protocol_options=options_of_all,
+        http_filters=list(http_filters),
     )
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(options)}
 

@@ -20,9 +20,6 @@ il_pd/bypass_overload_manager
     What has been let in is not refused half-way, nor is an internal connection a client's.
 il_pd/per_connection_buffer_limit_bytes
     The body is collected here for the service, with 1 MiB for what it adds; a longer one gets 413.
-il_p
-    Envoy drops the answers to a mirror. Here they pass a filter, so that the service sees the prefill leg's status,
-    its failures and its end, and can end it.
 il_pd/max_request_headers_kb
     Room for what Envoy and the service add: a leg refused for that would be missed.
 il_pd/early_header_mutation_extensions
@@ -54,8 +51,6 @@ extproc.route/disabled
     Off but for the routes that turn it on: requests on others never meet it.
 extproc.route/skip_envoy_headers
     x-envoy-internal and x-forwarded-for would tell the service nothing.
-extproc.route/initial_metadata
-    Tells the service which of the two filters is asking.
 extproc.route/response_trailer_mode
     A gRPC engine's status; no message where there are no trailers. Either way the stream stays open until the HTTP
     request ends: that is how the service learns of the end.
@@ -69,12 +64,21 @@ extproc.route/max_message_timeout
     Headers of a stream that begins before prefill is done wait for prefill: its time-out and 5 s.
 extproc.route/forward_rules
     What the service looks at, and nothing else: no credentials, no cookies.
+extproc.prefill
+    Envoy drops the answers to a mirror. Here they pass a filter, so that the service sees the prefill leg's status,
+    its failures and its end, and can end it.
 extproc.prefill/forward_rules
-    Whose prefill it is, how it was answered, and whether the answer can be read for its token counts.
+    Whose prefill it is, how it was answered, and whether the answer can be read for its token counts. No `:method`: by
+    that the service tells the two filters apart.
 extproc.prefill/processing_mode
     The service answers the headers with prefill's whole body (CONTINUE_AND_REPLACE).
 extproc.prefill/allow_mode_override
     Lets the service ask for the text of an error.
+extproc.prefill_guard
+    Goes on only with what the service has answered on this leg, too. The mirror comes marked `pd`, with decode's body:
+    should the service die in between, that body must not reach prefill.
+envoy.filters.http.upstream_codec
+    Always the last of a cluster's filters.
 
 # Routes by what the service has written
 
@@ -89,13 +93,6 @@ unscheduled
 unscheduled/cluster_header
     Names no cluster, as nothing sets that header: 503. Not a `direct_response`: this route matches first, and its limit
     is that of the body.
-il_p/prefill
-    The service has answered on this leg too. The mirror itself comes marked `pd`, with decode's body.
-il_p/unscheduled
-    It has not: decode's body must not reach prefill.
-il_p/route/idle_timeout
-    Frees what an engine that neither reads nor answers would hold forever.
-il_p/route/timeout
 il_pd/route/timeout
 
 # The way there
@@ -136,6 +133,8 @@ decode/upstream_connection_options
 decode/common_http_protocol_options
     Below the 5 s after which SGLang's uvicorn closes an idle connection (SGLANG_TIMEOUT_KEEP_ALIVE): else a request now
     and then meets one that is just closing.
+max_stream_duration
+    Frees what an engine that neither reads nor answers would hold forever: prefill's time-out and 5 s.
 extproc
     No active health check: a refused connection fails open at once, and a check that a busy service answers late would
     turn every request away.

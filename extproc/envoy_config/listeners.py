@@ -1,4 +1,4 @@
-"""The listeners: public, and the two internal ones where ext_proc runs."""
+"""The listeners: public, and the internal one where ext_proc runs."""
 
 from datetime import timedelta
 
@@ -30,9 +30,9 @@ from envoy_data_plane.google.protobuf import Any
 
 from extproc.config import MIB, Config
 from extproc.envoy_config.addresses import bracketed, socket_address
-from extproc.envoy_config.names import PREFILL_LISTENER, PUBLIC, ROUTE_LISTENER
+from extproc.envoy_config.names import PUBLIC, ROUTE_LISTENER
 from extproc.envoy_config.replies import access_log_of, broken_requests, json_local_replies
-from extproc.envoy_config.routing import pd_routes, prefill_filter, prefill_routes, route_filter
+from extproc.envoy_config.routing import pd_routes, route_filter
 from extproc.envoy_config.stripping import strip_between_listeners, strip_from_clients
 from extproc.errors import ConfigError
 from extproc.mutation import RETRY
@@ -162,31 +162,8 @@ def route_listener(config: Config, *, access_log: str | None = None) -> Listener
             local_reply_config=json_local_replies(config, mark_retry=True),
             http_filters=[route_filter(config), _router_filter()],
             route_config=RouteConfiguration(
-                name=ROUTE_LISTENER, virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes())]
-            ),
-        ),
-    )
-
-
-def prefill_listener(config: Config, *, access_log: str | None = None) -> Listener:
-    """`il_p`: the mirrored request, with prefill's own body, watched by its own ext_proc stream.
-
-    Its answers are dropped. The service reads those of failures, so Envoy's own stay plain text."""
-    return _internal_listener(
-        PREFILL_LISTENER,
-        manager=HttpConnectionManager(
-            stat_prefix=PREFILL_LISTENER,
-            max_request_headers_kb=MAX_INTERNAL_HEADERS_KIB,
-            common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_INTERNAL_HEADERS),
-            access_log=access_log_of(access_log, PREFILL_LISTENER),
-            stream_idle_timeout=timedelta(0),
-            delayed_close_timeout=DELAYED_CLOSE,
-            server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
-            generate_request_id=False,  # it has one, of the listener that clients reach
-            http_filters=[prefill_filter(), _router_filter()],
-            route_config=RouteConfiguration(
-                name=PREFILL_LISTENER,
-                virtual_hosts=[VirtualHost(name=PREFILL_LISTENER, domains=["*"], routes=prefill_routes(config))],
+                name=ROUTE_LISTENER,
+                virtual_hosts=[VirtualHost(name=ROUTE_LISTENER, domains=["*"], routes=pd_routes(config))],
             ),
         ),
     )

@@ -32,7 +32,7 @@ def pd_routes_by_themselves(config: Config, prefix: str) -> list[Route]:
     Every route turns the filter on: the one that matches first decides, before the service has answered.
     """
     limit = timedelta(seconds=config.request_timeout_secs)
-    *placed, unscheduled = pd_routes()
+    *placed, unscheduled = pd_routes(config)
     # How much of a body may be held is up to the first match, and a `direct_response` has no say in that.
     unscheduled.direct_response = None
     unscheduled.route = RouteAction(cluster_header=NOBODY)

@@ -35,7 +35,17 @@ from envoy_data_plane.google.protobuf import Any, Struct
 
 from extproc.config import Config
 from extproc.envoy_config.names import PROCESS_CLUSTER, ROUTE_LISTENER, SERVICE_CLUSTER
-from extproc.mutation import DECODE_ENDPOINT, DECODE_RANK, MODE, PREFILL_ENDPOINT, PREFILL_RANK, PROCESS, RETRY, ROOM
+from extproc.mutation import (
+    DECODE_ENDPOINT,
+    DECODE_RANK,
+    MODE,
+    PREFILL_ENDPOINT,
+    PREFILL_RANK,
+    PROCESS,
+    RETRY,
+    ROOM,
+    process_mark,
+)
 
 BROKEN = "(response.code == 502 || response.code == 503)"
 """What Envoy answers for a worker that refused or reset (503), or closed the connection in mid-answer (502)."""
@@ -94,7 +104,7 @@ def access_log_of(path: str | None, listener: str) -> list[AccessLog]:
     """One JSON line per request into a file; nothing without a path.
 
     A request has a line of each listener it went by: `public` (the client's view), `il_pd` for each attempt with one
-    pair, `il_p` for that attempt's prefill leg. `request_id` joins them. What is not known at a listener is null."""
+    pair. `request_id` joins them. What is not known at a listener is null. Of prefill legs the service's log tells."""
     if path is None:
         return []
     fields: dict[str, Json] = {
@@ -133,7 +143,7 @@ def broken_requests(config: Config) -> list[AccessLog]:
     return [
         _broken_requests(
             PROCESS_CLUSTER.format(process),
-            HeaderMatcher(name=PROCESS, string_match=StringMatcher(exact=str(process))),
+            HeaderMatcher(name=PROCESS, string_match=StringMatcher(exact=process_mark(process))),
         )
         for process in range(config.processes)
     ]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any as Json
 
-from extproc.envoy_config.names import LEG_METADATA
+from extproc.events import Leg
 
 EXT_PROC = "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -30,14 +31,31 @@ class HttpListener:
             for route in host.get("routes", []):
                 yield host, route
 
-    def ext_proc(self, leg: str) -> Json | None:
-        """The HTTP filter that asks the service about this leg."""
-        for http_filter in self.manager.get("http_filters", []):
-            config = http_filter.get("typed_config", {})
-            metadata = config.get("grpc_service", {}).get("initial_metadata", [])
-            if _is(config, EXT_PROC) and {"key": LEG_METADATA, "value": leg} in metadata:
-                return http_filter
-        return None
+    @property
+    def ext_proc(self) -> Json | None:
+        """The filter that asks the service about route legs."""
+        return _ext_proc(self.manager.get("http_filters", []), Leg.ROUTE)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCluster:
+    """A cluster that asks the service about prefill legs."""
+
+    name: str
+    cluster: Json
+    ext_proc: Json
+
+    @property
+    def guards(self) -> list[Json]:
+        """The filters behind it."""
+        filters = _http_options(self.cluster)["http_filters"]
+        return list(filters[filters.index(self.ext_proc) + 1 :])
+
+    @property
+    def max_stream_duration_s(self) -> float | None:
+        """How long a request may take; None: for ever."""
+        options = _http_options(self.cluster).get("common_http_protocol_options", {})
+        return seconds(options.get("max_stream_duration"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +87,19 @@ class RunningEnvoy:
             hosts={part["name"]: part.get("host_statuses", []) for part in clusters.get("cluster_statuses", [])},
         )
 
-    def with_leg(self, leg: str) -> list[HttpListener]:
-        """Where the service is asked about a leg."""
-        return [listener for listener in self.listeners if listener.ext_proc(leg)]
+    @property
+    def route_legs(self) -> list[HttpListener]:
+        """Where the service is asked about route legs."""
+        return [listener for listener in self.listeners if listener.ext_proc]
+
+    @property
+    def prefill_legs(self) -> list[PrefillCluster]:
+        """Where it is asked about prefill legs."""
+        found = {
+            name: _ext_proc(_http_options(cluster).get("http_filters", []), Leg.PREFILL)
+            for name, cluster in self.clusters.items()
+        }
+        return [PrefillCluster(name, self.clusters[name], part) for name, part in found.items() if part]
 
     def leads_to(self, cluster: str) -> str | None:
         """The internal listener that a cluster leads to."""
@@ -117,6 +145,18 @@ def _http(listener: Json, by_name: dict[str, Json]) -> Iterator[HttpListener]:
                 rds = by_name.get(manager.get("rds", {}).get("route_config_name", ""), {})
                 hosts = manager.get("route_config", rds).get("virtual_hosts", [])
                 yield HttpListener(listener["name"], listener, manager, hosts)
+
+
+def _ext_proc(http_filters: list[Json], leg: Leg) -> Json | None:
+    for http_filter in http_filters:
+        config = http_filter.get("typed_config", {})
+        if _is(config, EXT_PROC) and config.get("stat_prefix") == leg:
+            return http_filter
+    return None
+
+
+def _http_options(cluster: Json) -> Json:
+    return cluster.get("typed_extension_protocol_options", {}).get(HTTP_OPTIONS, {})
 
 
 def _endpoints(cluster: Json) -> Iterator[Json]:

@@ -19,7 +19,7 @@ from extproc.config import Config
 from extproc.envoy_config.clusters import clusters
 from extproc.envoy_config.comments import with_comments
 from extproc.envoy_config.edge import edge_cluster, edge_route
-from extproc.envoy_config.listeners import pd_route, pd_virtual_host, prefill_listener, route_listener
+from extproc.envoy_config.listeners import pd_route, pd_virtual_host, route_listener
 from extproc.envoy_config.per_route import off_by_default, pd_routes_by_themselves
 from extproc.envoy_config.replies import broken_requests
 from extproc.envoy_config.stripping import strip_from_clients
@@ -56,26 +56,22 @@ SNIPPETS = (
     Snippet(
         "bootstrap",
         "`bootstrap_extensions`, at the top level of the bootstrap",
-        "Makes internal listeners possible: connections to il_pd and il_p stay inside the process.",
+        "Makes internal listeners possible: connections to il_pd stay inside the process.",
         lambda _: [internal_listeners()],
     ),
     Snippet(
         "clusters",
         "`static_resources.clusters`",
-        "The hops to il_pd and il_p, the engines, the service; its address (--grpc-target) is in the last one. Workers "
-        "need no clusters.",
+        "The hop to il_pd, the engines, the service; its address (--grpc-target) is in the last one. Workers need no "
+        "clusters. The way to prefill asks the service about each request that is mirrored there.",
         lambda v: clusters(v.config, grpc_target=v.grpc_target, secrets=v.secrets),
     ),
     Snippet(
         "listeners",
-        "`static_resources.listeners`, beside your own; they take no port",
-        "il_pd answers what is sent to the cluster il_pd, by one attempt with one pair; il_p is the "
-        "mirror's way to prefill. il_pd removes headers that clients must not set, whatever listener they came by. "
-        "Needs `bootstrap` and `clusters`.",
-        lambda v: [
-            route_listener(v.config, access_log=v.access_log),
-            prefill_listener(v.config, access_log=v.access_log),
-        ],
+        "`static_resources.listeners`, beside your own; it takes no port",
+        "il_pd answers what is sent to the cluster il_pd, by one attempt with one pair. It removes headers that "
+        "clients must not set, whatever listener they came by. Needs `bootstrap` and `clusters`.",
+        lambda v: [route_listener(v.config, access_log=v.access_log)],
     ),
     Snippet(
         "virtual-host",
@@ -103,7 +99,7 @@ SNIPPETS = (
         "per-route-filter",
         "`http_filters` of your HttpConnectionManager: after what may refuse a request, before the router",
         "Asks the service in your own filter chain instead of in il_pd, for routes that turn it on; nothing retries "
-        "with another pair then. Needs `strip`, `per-route-routes`, `clusters`, and il_p of `listeners`.",
+        "with another pair then. Needs `strip`, `per-route-routes`, and `clusters`.",
         lambda v: [off_by_default(v.config)],
     ),
     Snippet(
@@ -139,7 +135,7 @@ BY_NAME = {snippet.name: snippet for snippet in SNIPPETS}
 
 
 def internal_listeners() -> TypedExtensionConfig:
-    """The bootstrap extension for `il_pd` and `il_p`."""
+    """The bootstrap extension for `il_pd`."""
     return TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=Any.pack(InternalListener()))
 
 

@@ -16,21 +16,22 @@ import uvloop
 from extproc import envoy_config, wire
 from extproc.config import Config, build
 from extproc.envoy_process import EnvoyProcess
-from extproc.events import Answer, Leg, Phase
+from extproc.events import Answer, Phase
 from extproc.model import Pick, Placement, Role, Worker
-from extproc.mutation import MODE, PREFILL_ENDPOINT, mutate, request_headers
+from extproc.mutation import MODE, mutate, request_headers
 from extproc.request import Endpoint, parse
-from extproc.service import LEG_METADATA, Outlet
+from extproc.service import Outlet
 from extproc.transport import TRANSPORTS
 
 REQUEST_HEADERS, RESPONSE_HEADERS, REQUEST_BODY, RESPONSE_TRAILERS = 0x12, 0x1A, 0x22, 0x3A
 """First byte of a ProcessingRequest: the field of its `request`, length-delimited. Envoy writes fields in order."""
-PREFILL_METADATA = (LEG_METADATA, Leg.PREFILL.value)
 ROOM = 1 << 62
+METHOD = b":method"
+"""Envoy names it on the route leg alone."""
 
 
 class NoOp:
-    """Has the methods of `ExternalProcessor` that a transport calls. A stream's call is its leg and its outlet."""
+    """Has the methods of `ExternalProcessor` that a transport calls. A stream's call is its outlet."""
 
     def __init__(self, prefill: Worker, decode: Worker) -> None:
         self._placement = Placement(Pick(prefill, 0), Pick(decode, 0), ROOM)
@@ -42,13 +43,12 @@ class NoOp:
         self._body = b""
         """The last one: bodies of a run are of one length, so it stands for any."""
 
-    def opened(self, metadata: Iterable[tuple[str, str | bytes]], outlet: Outlet) -> tuple[bool, Outlet]:
+    def opened(self, metadata: Iterable[tuple[str, str | bytes]], outlet: Outlet) -> Outlet:
         """A stream was opened."""
-        return PREFILL_METADATA in metadata, outlet
+        return outlet
 
-    def received(self, call: tuple[bool, Outlet], data: bytes) -> bool:
+    def received(self, outlet: Outlet, data: bytes) -> bool:
         """A message came."""
-        is_prefill, outlet = call
         kind = data[0]
         if kind == REQUEST_BODY:
             start, length = _field(data, 0)  # HttpBody
@@ -57,11 +57,11 @@ class NoOp:
             before, behind = self._prepared(body)[0]
             outlet.write(before + body + behind)
         elif kind == REQUEST_HEADERS:
-            if is_prefill:
+            if METHOD in data:
+                outlet.write(self._go_on)
+            else:
                 before, behind = self._prepared(self._body)[1]
                 outlet.write(before + self._body + behind)
-            else:
-                outlet.write(self._go_on)
         elif kind == RESPONSE_HEADERS:
             outlet.write(self._response)
         elif kind == RESPONSE_TRAILERS:
@@ -70,7 +70,7 @@ class NoOp:
             raise wire.WireError(f"a message that begins with {kind:#x}")
         return True
 
-    def ended(self, call: tuple[bool, Outlet]) -> None:
+    def ended(self, outlet: Outlet) -> None:
         """A stream is over."""
 
     def logged(self, data: bytes) -> None:
@@ -91,13 +91,7 @@ class NoOp:
             body=made.decode_body,
             pick_route_again=True,
         )
-        endpoint = self._placement.prefill.worker.endpoint
-        prefill = Answer(
-            Phase.REQUEST_HEADERS,
-            set_headers=((MODE, "prefill"), (PREFILL_ENDPOINT, endpoint or "")),
-            body=made.prefill_body,
-            pick_route_again=True,
-        )
+        prefill = Answer(Phase.REQUEST_HEADERS, set_headers=((MODE, "prefill"),), body=made.prefill_body)
         return _split(wire.encode(decode), body), _split(wire.encode(prefill), body)
 
 

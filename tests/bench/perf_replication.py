@@ -152,7 +152,7 @@ def h2load(paths: Sequence[str], data: Path) -> float:
         [
             *("h2load", "--duration", str(SECONDS), "--warm-up-time", "1", "-t", "1", "-d", str(data), "-n", "0"),
             *("-c", str(CONNECTIONS // len(paths)), "-m", str(STREAMS), "--base-uri", f"unix:{path}"),
-            *("-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "x-pd-leg: route"),
+            *("-H", "content-type: application/grpc", "-H", "te: trailers"),
             f"http://x{wire.METHOD}",
         ]
         for path in paths

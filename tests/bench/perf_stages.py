@@ -92,7 +92,7 @@ def _request(
     opening = bytes(ProcessingRequest(request_headers=_headers({ROOM: room})))
     mirrored = timed("decode: prefill's headers", lambda: wire.decode(opening))
     assert isinstance(mirrored, RequestHeaders)
-    found = timed("prefill's headers: find the attempt", lambda: gateway.find(mirrored))
+    found = timed("prefill's headers: find the attempt", lambda: gateway.find(mirrored.headers[ROOM]))
     assert found is exchange
     effects = timed("prefill's headers", lambda: exchange.prefill(mirrored))
     timed("encode: prefill's body", lambda: _encoded(effects))

@@ -292,8 +292,8 @@ async def _open_room(field: Field) -> str:
 
 async def _refused(channel: grpc.aio.Channel, row: Row, room: str) -> None:
     started_s = time.monotonic()
-    call = channel.stream_stream(METHOD)(metadata=(("x-pd-leg", "prefill"),))
-    values = [HeaderValue(key="x-pd-room", raw_value=room.encode()), HeaderValue(key=":method", raw_value=b"POST")]
+    call = channel.stream_stream(METHOD)()
+    values = [HeaderValue(key="x-pd-room", raw_value=room.encode())]
     await call.write(bytes(ProcessingRequest(request_headers=HttpHeaders(headers=HeaderMap(headers=values)))))
     answer = ProcessingResponse.parse(await call.read())
     call.cancel()

@@ -10,6 +10,7 @@ import grpc.aio
 import httpx
 import pytest
 from aiohttp import web
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
 from envoy_data_plane.envoy.service.ext_proc.v3 import HttpHeaders, ProcessingRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -20,6 +21,7 @@ from extproc.server import Service
 from extproc.status import _is_local
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+HEADERS = HttpHeaders(headers=HeaderMap(headers=[HeaderValue(key=":method", raw_value=b"GET")]))
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 WAIT_S = 30
@@ -164,7 +166,7 @@ def test_leaving_is_said_first_and_streams_outlive_the_close():
             watch = health_pb2_grpc.HealthStub(it.channel).Watch(health_pb2.HealthCheckRequest(service="readiness"))
             assert (await watch.read()).status == SERVING
             old = it.channel.stream_stream(METHOD)()
-            await old.write(bytes(ProcessingRequest(request_headers=HttpHeaders())))
+            await old.write(bytes(ProcessingRequest(request_headers=HEADERS)))
             await old.read()
             await it.service.leave()
             assert (await watch.read()).status == NOT_SERVING

@@ -65,8 +65,8 @@ def set_headers(common):
 class Stream:
     """One ext_proc stream, as Envoy opens it."""
 
-    def __init__(self, channel, leg="route", method=METHOD):
-        self._call = channel.stream_stream(method)(metadata=(("x-pd-leg", leg),))
+    def __init__(self, channel, method=METHOD, metadata=()):
+        self._call = channel.stream_stream(method)(metadata=metadata)
 
     async def ask(self, message):
         await self._call.write(bytes(message))
@@ -127,10 +127,8 @@ def test_both_legs():
         assert placed["x-pd-mode"] == "pd"
         assert all(not option.header.value for option in common.header_mutation.set_headers)
 
-        prefill = open_stream("prefill")
-        common = (
-            await prefill.ask(headers({":method": "POST", ":path": "/generate"} | placed))
-        ).request_headers.response
+        prefill = open_stream()
+        common = (await prefill.ask(headers(placed))).request_headers.response
         assert common.status is CommonResponseResponseStatus.CONTINUE_AND_REPLACE
         sent = json.loads(common.body_mutation.body)
         assert sent["bootstrap_room"] == decode["bootstrap_room"]
@@ -150,7 +148,7 @@ def test_both_legs():
 
 def test_a_failed_prefill_answers_the_client_at_once():
     async def script(open_stream, finished):
-        route, prefill = open_stream(), open_stream("prefill")
+        route, prefill = open_stream(), open_stream()
         await route.ask(POST)
         placed = set_headers((await route.ask(body(BODY))).request_body.response)
         await prefill.ask(headers(placed))
@@ -167,7 +165,7 @@ def test_a_failed_prefill_answers_the_client_at_once():
 
 def test_a_client_that_leaves_ends_prefill():
     async def script(open_stream, finished):
-        route, prefill = open_stream(), open_stream("prefill")
+        route, prefill = open_stream(), open_stream()
         await route.ask(POST)
         placed = set_headers((await route.ask(body(BODY))).request_body.response)
         await prefill.ask(headers(placed))
@@ -181,7 +179,7 @@ def test_a_client_that_leaves_ends_prefill():
 
 def test_early_headers_wait_for_prefill_and_the_access_log_tells_who_broke_the_stream():
     async def script(open_stream, finished):
-        route, prefill = open_stream(), open_stream("prefill")
+        route, prefill = open_stream(), open_stream()
         await route.ask(POST)
         placed = set_headers((await route.ask(body(BODY))).request_body.response)
         await prefill.ask(headers(placed))
@@ -189,7 +187,7 @@ def test_early_headers_wait_for_prefill_and_the_access_log_tells_who_broke_the_s
         assert patience.override_message_timeout.total_seconds() > 600
         await prefill.ask(headers({":status": "200"}, response=True))
         assert (await route.read()).response_headers is not None
-        log = open_stream("", method=ACCESS_LOG)
+        log = open_stream(method=ACCESS_LOG)
         entry = HttpAccessLogEntry(
             common_properties=AccessLogCommon(response_flags=ResponseFlags(upstream_connection_termination=True)),
             request=HttpRequestProperties(request_headers={"x-pd-room": placed["x-pd-room"]}),
@@ -208,7 +206,7 @@ def test_early_headers_wait_for_prefill_and_the_access_log_tells_who_broke_the_s
 
 def test_nonsense_in_the_access_log_ends_its_stream():
     async def script(open_stream, finished):
-        log = open_stream("", method=ACCESS_LOG)
+        log = open_stream(method=ACCESS_LOG)
         await log.send(b"nonsense")
         with pytest.raises(grpc.aio.AioRpcError, match="not a StreamAccessLogsMessage"):
             await log.read()
@@ -218,9 +216,26 @@ def test_nonsense_in_the_access_log_ends_its_stream():
 
 def test_a_prefill_stream_nobody_waits_for_is_refused():
     async def script(open_stream, _finished):
-        prefill = open_stream("prefill")
+        prefill = open_stream()
         answer = await prefill.ask(headers({"x-pd-room": "12345"}))
         assert answer.immediate_response.status.code == 410
+
+    run(script)
+
+
+def test_a_call_that_names_its_room_and_says_no_more_is_prefills_end():
+    """What grpcio sees of a refused connection."""
+
+    async def script(open_stream, finished):
+        route = open_stream()
+        await route.ask(POST)
+        placed = set_headers((await route.ask(body(BODY))).request_body.response)
+        prefill = open_stream(metadata=(("x-pd-room", placed["x-pd-room"]),))
+        await prefill.done()
+        answer = (await route.read()).immediate_response
+        assert answer.status.code == 502
+        route.cancel()
+        assert (await finished.get()).outcome is Outcome.PREFILL_FAILED
 
     run(script)
 
@@ -262,20 +277,21 @@ def test_20_mb_fit_through():
 
 
 @pytest.mark.parametrize(
-    ("message", "text"),
+    ("message", "text", "records"),
     [
-        (b"\xff\xff\xff", "not a ProcessingRequest"),
-        (b"", "unknown kind"),
-        (bytes(body(BODY)), "unexpected RequestBody in state NEW"),
+        (b"\xff\xff\xff", "not a ProcessingRequest", 0),
+        (b"", "unknown kind", 0),
+        (bytes(body(BODY)), "unexpected RequestBody in state NEW", 1),
     ],
 )
-def test_nonsense_ends_the_stream_with_a_reason(message, text):
+def test_nonsense_ends_the_stream_with_a_reason(message, text, records):
     async def script(open_stream, finished):
         route = open_stream()
         await route.send(message)
         with pytest.raises(grpc.aio.AioRpcError, match=text) as raised:
             await route.read()
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await finished.get()
+        for _ in range(records):
+            await finished.get()
 
     run(script)

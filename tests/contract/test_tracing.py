@@ -84,8 +84,8 @@ async def both_legs(open_stream, request=None, prefill_status="200"):
     await route.ask(request or post())
     common = (await route.ask(body(BODY))).request_body.response
     placed = set_headers(common)
-    prefill = open_stream("prefill")
-    sent = (await prefill.ask(headers({":method": "POST", ":path": "/generate"} | placed))).request_headers.response
+    prefill = open_stream()
+    sent = (await prefill.ask(headers(placed))).request_headers.response
     await prefill.ask(headers({":status": prefill_status}, response=True))
     if prefill_status == "200":
         prefill.cancel()

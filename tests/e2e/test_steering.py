@@ -120,6 +120,7 @@ FROM_ENVOY = {
     "x-forwarded-proto",
     "x-envoy-attempt-count",
     "x-envoy-external-address",
+    "x-envoy-internal",  # of a mirrored request, whatever the client said
 }
 SEND: dict[str, Callable[..., tuple[int, dict[str, str], bytes]]] = {"HTTP/1.1": http1, "HTTP/2": http2}
 
@@ -195,7 +196,7 @@ STEERING_HEADERS = {
     "x-pd-prefill": "TRAP",
     "x-pd-decode": "TRAP",
     "x-pd-retry": "decode",
-    "x-pd-leg": "prefill",
+    "x-pd-process": "prefill_0",
     "x-pd-": "1",
     "x-override-rid": "666",
     "x-override-bootstrap-host": "TRAP",

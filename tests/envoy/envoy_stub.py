@@ -129,7 +129,7 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
 
     async def Process(self, requests, context):  # noqa: N802 - the name in the protocol
         metadata = dict(context.invocation_metadata())
-        stream = Stream(leg=metadata["x-pd-leg"], context=context)
+        stream = Stream(leg="prefill" if "x-pd-room" in metadata else "route", context=context)
         self.streams.append(stream)
         self.opened.set()
         context.add_done_callback(lambda ended: stream.note(f"done-callback cancelled={ended.cancelled()}"))
@@ -180,7 +180,6 @@ class StubService(pb2_grpc.ExternalProcessorServicer):
             common.status = common.CONTINUE_AND_REPLACE
             common.body_mutation.body = self.body_for("prefill", stream.headers["x-pd-room"])
             common.header_mutation.CopyFrom(set_headers(x_pd_mode="prefill"))
-            common.clear_route_cache = True
         elif stream.headers[":method"] != "POST":
             common.header_mutation.CopyFrom(set_headers(x_pd_mode="direct", x_pd_decode_endpoint=self.decode))
             common.clear_route_cache = True
@@ -387,7 +386,7 @@ async def bench(*, http2: bool = False, **settings) -> AsyncIterator[Bench]:
         relay = Relay(server.add_insecure_port("127.0.0.1:0"))
         await server.start()
         await relay.start()
-        config = Config(host="127.0.0.1", port=free_port(), grpc_port=relay.port, **settings)
+        config = Config(host="127.0.0.1", port=free_port(), grpc_port=relay.port, transport="grpcio", **settings)
         text = to_yaml(bootstrap(config, admin="127.0.0.1:0"))
         try:
             async with EnvoyProcess(text, concurrency=1) as envoy:

@@ -26,6 +26,11 @@ def cluster(name: str, **kwargs) -> dict:
     return next(part for part in tree(**kwargs)["static_resources"]["clusters"] if part["name"] == name)
 
 
+def http_options(name: str, **kwargs) -> dict:
+    [options] = cluster(name, **kwargs)["typed_extension_protocol_options"].values()
+    return options
+
+
 def service_address(**kwargs) -> dict:
     endpoint = cluster("extproc", **kwargs)["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     return endpoint["address"]
@@ -99,22 +104,19 @@ def test_memory_and_connections_have_the_configured_end() -> None:
 
 
 def test_only_clients_are_refused_for_want_of_memory_or_connections() -> None:
-    for name in ("il_pd", "il_p"):
-        assert listener(name)["bypass_overload_manager"] is True
-        assert listener(name)["ignore_global_conn_limit"] is True
+    assert listener("il_pd")["bypass_overload_manager"] is True
+    assert listener("il_pd")["ignore_global_conn_limit"] is True
     assert "bypass_overload_manager" not in listener("public")
     assert tree(admin="127.0.0.1:0")["admin"]["ignore_global_conn_limit"] is True
 
 
-def test_headers_that_the_public_listener_takes_pass_the_internal_ones() -> None:
+def test_headers_that_the_public_listener_takes_pass_the_internal_one() -> None:
     added = 20
     """About a dozen come from Envoy and the service."""
-    outer = manager("public")
-    for name in ("il_pd", "il_p"):
-        inner = manager(name)
-        assert inner["max_request_headers_kb"] > outer["max_request_headers_kb"]
-        most = outer["common_http_protocol_options"]["max_headers_count"] + added
-        assert inner["common_http_protocol_options"]["max_headers_count"] >= most
+    outer, inner = manager("public"), manager("il_pd")
+    assert inner["max_request_headers_kb"] > outer["max_request_headers_kb"]
+    most = outer["common_http_protocol_options"]["max_headers_count"] + added
+    assert inner["common_http_protocol_options"]["max_headers_count"] >= most
 
 
 def test_a_body_longer_than_a_grpc_message_is_refused() -> None:
@@ -130,16 +132,35 @@ def test_timeouts_and_retries_follow_the_configuration() -> None:
 
 
 def test_a_failing_service_never_fails_a_request_by_itself() -> None:
-    for name in ("il_pd", "il_p"):
-        ext_proc, router = manager(name)["http_filters"]
-        assert ext_proc["typed_config"]["failure_mode_allow"] is True
-        assert router["name"] == "envoy.filters.http.router"
-        # Whatever was not marked by the service ends here, not at an engine.
-        assert "direct_response" in manager(name)["route_config"]["virtual_hosts"][0]["routes"][-1]
+    ext_proc, router = manager("il_pd")["http_filters"]
+    assert ext_proc["typed_config"]["failure_mode_allow"] is True
+    assert router["name"] == "envoy.filters.http.router"
+    # Whatever was not marked by the service ends here, not at an engine.
+    assert "direct_response" in manager("il_pd")["route_config"]["virtual_hosts"][0]["routes"][-1]
+
+
+def test_nor_does_decodes_body_reach_prefill_then() -> None:
+    ext_proc, guard, codec = http_options("prefill")["http_filters"]
+    assert ext_proc["typed_config"]["failure_mode_allow"] is True
+    assert 'get("x-pd-mode") ~= "prefill"' in guard["typed_config"]["default_source_code"]["inline_string"]
+    assert codec["name"] == "envoy.filters.http.upstream_codec"
+
+
+def test_a_prefill_that_neither_reads_nor_answers_has_an_end() -> None:
+    # Later than the service's own, which tells the client.
+    options = http_options("prefill", prefill_timeout_secs=7.5)["common_http_protocol_options"]
+    assert options["max_stream_duration"] == "12.500s"
+    assert "max_stream_duration" not in http_options("decode")["common_http_protocol_options"]
+
+
+def test_the_prefill_legs_calls_name_the_room_for_grpcio_only() -> None:
+    for transport, expected in (("lean", []), ("grpcio", [{"key": "x-pd-room", "value": "%REQ(x-pd-room)%"}])):
+        service = http_options("prefill", transport=transport)["http_filters"][0]["typed_config"]["grpc_service"]
+        assert service.get("initial_metadata", []) == expected
 
 
 def test_access_logs_only_on_request() -> None:
-    for name in ("public", "il_pd", "il_p"):
+    for name in ("public", "il_pd"):
         to_service = manager(name).get("access_log", [])
         assert len(to_service) == (name == "il_pd")  # what broke off, for the service
         log, *others = manager(name, access_log="/tmp/log")["access_log"]

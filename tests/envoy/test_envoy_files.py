@@ -68,10 +68,12 @@ def test_a_snippet_follows_settings(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--prefill-timeout-secs", "7", "--access-log", "/dev/stdout", "--grpc-target", "unix:/run/x.sock"]
     assert main(["envoy", "--snippet", "listeners", *flags]) == 0
     printed = capsys.readouterr().out
-    assert "idle_timeout: 7s" in printed
+    assert "max_message_timeout: 12s" in printed
     assert "path: /dev/stdout" in printed
     assert main(["envoy", "--snippet", "clusters", *flags]) == 0
-    assert "path: /run/x.sock" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "max_stream_duration: 12s" in printed
+    assert "path: /run/x.sock" in printed
     assert main(["envoy", "--snippet", "route", "--prefix", "/llm/"]) == 0
     assert "prefix: /llm/" in capsys.readouterr().out
 

@@ -53,6 +53,16 @@ def manager(tree: Json, name: str) -> Json:
     return listener(tree, name)["filter_chains"][0]["filters"][0]["typed_config"]
 
 
+def http_options(tree: Json, name: str) -> Json:
+    cluster = next(part for part in tree["static_resources"]["clusters"] if part["name"] == name)
+    (options,) = cluster["typed_extension_protocol_options"].values()
+    return options
+
+
+def prefill_ext_proc(tree: Json) -> Json:
+    return http_options(tree, "prefill")["http_filters"][0]["typed_config"]
+
+
 def ext_proc(tree: Json, name: str) -> Json:
     return manager(tree, name)["http_filters"][0]["typed_config"]
 
@@ -73,7 +83,11 @@ def problems(said: str) -> list[str]:
 def test_what_extproc_prints_is_well() -> None:
     status, said = look_at(yaml.safe_dump(generated()))
     assert (status, problems(said)) == (0, [])
-    for words in ("about the route leg in il_pd", "about the prefill leg in il_p", "il_pd: clients' steering headers"):
+    for words in (
+        "about the route leg in il_pd",
+        "about the prefill leg in prefill",
+        "il_pd: clients' steering headers",
+    ):
         assert words in said
     assert re.search(r"Envoy 1\.\d+\.\d+ is ", said)
 
@@ -151,7 +165,20 @@ def with_another_service(tree: Json) -> None:
 
 
 def without_its_prefill_filter(tree: Json) -> None:
-    del manager(tree, "il_p")["http_filters"][0]
+    del http_options(tree, "prefill")["http_filters"][0]
+
+
+def without_the_guard(tree: Json) -> None:
+    del http_options(tree, "prefill")["http_filters"][1]
+
+
+def impatient_with_prefill(tree: Json) -> None:
+    http_options(tree, "prefill")["common_http_protocol_options"]["max_stream_duration"] = "60s"
+
+
+def with_prefill_elsewhere(tree: Json) -> None:
+    cluster = next(part for part in tree["static_resources"]["clusters"] if part["name"] == "prefill")
+    cluster["original_dst_lb_config"]["http_header_name"] = "x-pd-decode-endpoint"
 
 
 WRONG: dict[str, tuple[Callable[[Json], object], str]] = {
@@ -162,13 +189,19 @@ WRONG: dict[str, tuple[Callable[[Json], object], str]] = {
         "request_body_mode is NONE",
     ),
     "headers skipped": (
-        lambda t: ext_proc(t, "il_p")["processing_mode"].update(response_header_mode="SKIP"),
-        "il_p: response_header_mode is SKIP, not SEND: failures are not seen",
+        lambda t: prefill_ext_proc(t)["processing_mode"].update(response_header_mode="SKIP"),
+        "prefill: response_header_mode is SKIP, not SEND: failures are not seen",
     ),
     "fails closed": (lambda t: ext_proc(t, "il_pd").pop("failure_mode_allow"), "failure_mode_allow is off: running"),
     "hasty": (lambda t: ext_proc(t, "il_pd").pop("message_timeout"), "message_timeout is 0.2 s"),
     "cannot wait": (lambda t: ext_proc(t, "il_pd").pop("max_message_timeout"), "max_message_timeout is 0 s"),
-    "impatient with prefill": (lambda t: action(t, "il_p").update(idle_timeout="60s"), "silent for 60 s"),
+    "no guard": (without_the_guard, "mirrored while the service dies reaches prefill with decode's body"),
+    "prefill filter tells all": (
+        lambda t: prefill_ext_proc(t).pop("forward_rules"),
+        "prefill: forward_rules are others",
+    ),
+    "prefill elsewhere": (with_prefill_elsewhere, "prefill: it does not dial x-pd-prefill-endpoint"),
+    "impatient with prefill": (impatient_with_prefill, "ends a prefill after 60 s"),
     "default timeout": (lambda t: action(t, "public").pop("timeout"), "ends requests after 15 s (timeout)"),
     "default idle timeout": (
         lambda t: (action(t, "public").pop("idle_timeout"), manager(t, "public").pop("stream_idle_timeout")),
@@ -204,6 +237,21 @@ def test_what_is_wrong_is_named(name: str) -> None:
     status, said = look_at(yaml.safe_dump(tree))
     assert status == 1
     assert any(words in problem for problem in problems(said)), said
+
+
+@pytest.mark.envoy
+@pytest.mark.parametrize("flags", [("--transport", "grpcio"), ()])
+def test_a_configuration_for_another_transport(flags: tuple[str, ...]) -> None:
+    status, said = look_at(yaml.safe_dump(generated()), *flags)
+    assert (status, "do not name x-pd-room" in said) == ((1, True) if flags else (0, False))
+
+
+@pytest.mark.envoy
+def test_several_processes() -> None:
+    config = Config(host="127.0.0.1", port=free_port(), processes=2)
+    status, said = look_at(to_yaml(bootstrap(config, admin="127.0.0.1:0")), "--processes", "2")
+    assert (status, problems(said)) == (0, [])
+    assert "the prefill leg in prefill_0, prefill_1" in said
 
 
 @pytest.mark.envoy

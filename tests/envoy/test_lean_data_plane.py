@@ -75,7 +75,9 @@ async def lean_bench(*, unix_path: str | None = None, **settings) -> AsyncIterat
         await relay.start()
         if unix_path:
             await server.listen_unix(unix_path)
-        config = Config(host="127.0.0.1", port=free_port(), grpc_port=relay.port, **settings)
+        config = Config(
+            host="127.0.0.1", port=free_port(), grpc_port=relay.port, transport="grpcio", **settings
+        )  # so that the stub can tell legs apart
         target = f"unix:{unix_path}" if unix_path else f"127.0.0.1:{relay.port}"
         try:
             async with EnvoyProcess(

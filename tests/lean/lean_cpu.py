@@ -95,7 +95,7 @@ async def running(kind: str) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def one(channel: grpc.aio.Channel) -> None:
-    call = channel.stream_stream(ECHO)(metadata=(("x-pd-leg", "route"),))
+    call = channel.stream_stream(ECHO)()
     for message in MESSAGES:
         await call.write(message)
         assert await call.read() == message

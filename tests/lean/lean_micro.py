@@ -28,7 +28,6 @@ FIELDS = (
     (":scheme", "http"),
     ("te", "trailers"),
     ("content-type", "application/grpc"),
-    ("x-pd-leg", "route"),
     ("x-envoy-internal", "true"),
     ("x-forwarded-for", "127.0.0.1"),
 )

@@ -67,19 +67,19 @@ class Side:
         while self.grpc.data_to_send():
             pass
 
-    def open(self, leg):
+    def open(self):
         stream_id, self._next_id = self._next_id, self._next_id + 2
-        fields = dict(REQUEST) | {b":path": METHOD.encode(), b"x-pd-leg": leg.encode()}
+        fields = dict(REQUEST) | {b":path": METHOD.encode()}
         self.send(headers(stream_id, fields.items()))
         return stream_id
 
     def request(self):
         """One that goes well, from its beginning to the ends of its streams."""
-        route = self.open("route")
+        route = self.open()
         self.send(data(route, POST), data(route, SENT))
         room = str(next(reversed(self.gateway._open)))
-        prefill = self.open("prefill")
-        self.send(data(prefill, of_headers("request_headers", {":method": "POST", "x-pd-room": room})))
+        prefill = self.open()
+        self.send(data(prefill, of_headers("request_headers", {"x-pd-room": room})))
         self.send(data(prefill, ANSWER), data(route, ANSWER))
         for stream_id in (prefill, route):
             self.send(frame(RST_STREAM, 0, stream_id, u32(8)))

@@ -362,7 +362,7 @@ def test_metadata():
     side = Side()
     fields = (
         *REQUEST,
-        (b"x-pd-leg", b"route"),
+        (b"x-pd-room", b"7"),
         (b"user-agent", b"t\xfc"),
         (b"a-bin", b"AAE,//8="),
         (b"grpc-timeout", b"1H"),
@@ -370,7 +370,7 @@ def test_metadata():
     side.grpc.receive(headers(1, fields))
     (stream,) = side.receiver.streams
     assert stream.metadata == (
-        ("x-pd-leg", "route"),
+        ("x-pd-room", "7"),
         ("user-agent", "tü"),
         ("a-bin", b"\0\1"),
         ("a-bin", b"\xff\xff"),

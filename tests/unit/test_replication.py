@@ -18,6 +18,7 @@ from extproc.errors import ConfigError
 from extproc.gateway import Gateway
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role, Worker
+from extproc.mutation import process_mark
 from extproc.processes import snapshot
 from extproc.processes.figures import SummedRegistry, samples_of
 from extproc.processes.messages import (
@@ -652,19 +653,23 @@ def test_envoy_is_told_of_every_process():
         "extproc_0": ["/run/x.sock.0"],
         "extproc_1": ["/run/x.sock.1"],
     }
-    assert [cluster["name"] for cluster in one["clusters"]] == ["il_pd", "il_p", "decode", "prefill", "extproc"]
+    assert [cluster["name"] for cluster in one["clusters"]] == ["il_pd", "decode", "prefill", "extproc"]
 
     def manager(resources: dict, name: str) -> dict:
         listener = next(each for each in resources["listeners"] if each["name"] == name)
         return listener["filter_chains"][0]["filters"][0]["typed_config"]
 
-    routes = manager(two, "il_p")["route_config"]["virtual_hosts"][0]["routes"]
-    assert [route["name"] for route in routes] == ["prefill", "process_0", "process_1", "unscheduled"]
-    for number, route in enumerate(routes[1:3]):
-        overrides = route["typed_per_filter_config"]["extproc.prefill"]["overrides"]["grpc_service"]
-        assert overrides["envoy_grpc"]["cluster_name"] == f"extproc_{number}"
-        assert overrides["initial_metadata"] == [{"key": "x-pd-leg", "value": "prefill"}]
-        assert route["match"]["headers"] == [{"name": "x-pd-process", "string_match": {"exact": str(number)}}]
+    (mirror,) = manager(two, "il_pd")["route_config"]["virtual_hosts"][0]["routes"][0]["route"][
+        "request_mirror_policies"
+    ]
+    assert mirror["cluster_header"] == "x-pd-process"
+    asked = {
+        cluster["name"]: options["http_filters"][0]["typed_config"]["grpc_service"]["envoy_grpc"]["cluster_name"]
+        for cluster in two["clusters"]
+        for options in cluster["typed_extension_protocol_options"].values()
+        if "http_filters" in options
+    }
+    assert asked == {process_mark(number): f"extproc_{number}" for number in (0, 1)}
     logs = [log["typed_config"]["common_config"]["grpc_service"] for log in manager(two, "il_pd")["access_log"]]
     assert [log["envoy_grpc"]["cluster_name"] for log in logs] == ["extproc_0", "extproc_1"]
     assert "process" not in yaml.safe_dump(one).replace("processing_mode", "").replace("ext_proc", "")
