@@ -32,6 +32,9 @@ class CircuitLimits:
     window_s: float
 
 
+CLOSED, OPEN, HALF_OPEN = CircuitState
+"""As `model.PREFILL`."""
+
 NO_LIMITS = CircuitLimits(failure_threshold=sys.maxsize, success_threshold=1, timeout_s=0.0, window_s=0.0)
 """A circuit that never opens."""
 
@@ -41,7 +44,7 @@ class Circuit:
     """One worker's. Only its own failures count, never its partner's; answers of 4xx count as good."""
 
     limits: CircuitLimits
-    state: CircuitState = CircuitState.CLOSED
+    state: CircuitState = CLOSED
     failures: int = 0
     """In a row."""
     first_failure_s: float = 0.0
@@ -54,13 +57,13 @@ class Circuit:
 
     def allows(self, now_s: float) -> bool:
         """Whether a request may be sent; an open circuit becomes half open when its time is over."""
-        if self.state is CircuitState.OPEN and now_s - self.opened_at_s >= self.limits.timeout_s:
-            self.state, self.successes, self.trial = CircuitState.HALF_OPEN, 0, False
-        return self.state is CircuitState.CLOSED or (self.state is CircuitState.HALF_OPEN and not self.trial)
+        if self.state is OPEN and now_s - self.opened_at_s >= self.limits.timeout_s:
+            self.state, self.successes, self.trial = HALF_OPEN, 0, False
+        return self.state is CLOSED or (self.state is HALF_OPEN and not self.trial)
 
     def sent(self) -> None:
         """A request was sent."""
-        self.trial = self.state is CircuitState.HALF_OPEN
+        self.trial = self.state is HALF_OPEN
 
     def ended(self, failed: bool | None, now_s: float) -> None:
         """A request has ended; None: neither well nor badly (the client left, the other leg failed)."""
@@ -69,14 +72,14 @@ class Circuit:
             return
         if not failed:
             self.failures = 0
-            if self.state is CircuitState.HALF_OPEN:
+            if self.state is HALF_OPEN:
                 self.successes += 1
                 if self.successes >= self.limits.success_threshold:
-                    self.state = CircuitState.CLOSED
+                    self.state = CLOSED
             return
         self.last_failure_s = now_s
         if not self.failures or now_s - self.first_failure_s > self.limits.window_s:
             self.failures, self.first_failure_s = 0, now_s
         self.failures += 1
-        if self.state is CircuitState.HALF_OPEN or self.failures >= self.limits.failure_threshold:
-            self.state, self.opened_at_s, self.failures = CircuitState.OPEN, now_s, 0
+        if self.state is HALF_OPEN or self.failures >= self.limits.failure_threshold:
+            self.state, self.opened_at_s, self.failures = OPEN, now_s, 0

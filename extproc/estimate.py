@@ -12,7 +12,8 @@ apart by endpoint, so that this overhead is part of the chat's own mean.
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+
+import msgspec
 
 BYTES_PER_TOKEN = 4.0
 """Before anything is known: a token of English text under a byte-pair vocabulary (OpenAI's rule of thumb)."""
@@ -53,7 +54,7 @@ MAX_NAME = 128
 choose the names where no model is configured."""
 
 
-class Prompt(NamedTuple):
+class Prompt(msgspec.Struct, frozen=True, gc=False):
     """What a prompt's length is estimated from."""
 
     text_bytes: int

@@ -159,6 +159,8 @@ ANSWERED_WELL = (RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING)
 """The client has got something, or is about to."""
 DUE = (PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED)
 """Prefill may still say what the client is to get."""
+ASKED = (PrefillState.EXPECTED, PrefillState.SENT)
+"""It has not answered."""
 ENDING = (PrefillState.CLOSING, PrefillState.OVER)
 
 # What is sent with most requests, made once.
@@ -587,7 +589,7 @@ class Exchange:
             self._prefill_s = self._gateway.clock() - self._dispatched_s
         assert self._scheduled is not None  # noqa: S101
         # Before its first message: of a refused connection, with grpcio, only the call itself is seen.
-        unanswered = before in {PrefillState.EXPECTED, PrefillState.SENT}
+        unanswered = before in ASKED
         if unanswered:
             self._prefill_failed, self._prefill_end = True, LegEnd.FAILED
         self._gateway.table.release(self._scheduled.prefill, self._prefill_failed, judge=not self._may_be_echo)

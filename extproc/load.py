@@ -14,11 +14,14 @@ from typing import Protocol
 
 import msgspec
 
-from extproc.circuit import NO_LIMITS, Circuit, CircuitLimits, CircuitState
+from extproc.circuit import CLOSED, NO_LIMITS, Circuit, CircuitLimits
 from extproc.model import RankLoad, Role, Worker
 
 LEARN = 0.05
 """Weight of the latest of many like figures: about the last 20 count."""
+
+KEEP = 1 - LEARN
+"""Weight that is left of what was known."""
 
 LEARN_SPEED = 0.25
 """The same for a decode rank's speed, which changes with its batch: the last few scrapes count."""
@@ -311,7 +314,7 @@ class LoadTable:
         `after`: the lease of the leg that this one begins with the end of; its output is then learned from.
         """
         tokens = prompt_tokens + output_tokens
-        lease = Lease(state, state.ranks[dp_rank], tokens, self.clock(), after=after, max_output=max_output)
+        lease = Lease(state, state.ranks[dp_rank], tokens, self.clock(), None, after, max_output)
         self._charge(lease, prompt_tokens)
         if self.observer is not None:
             self.observer.charged(lease, prompt_tokens, output_tokens)
@@ -343,7 +346,7 @@ class LoadTable:
         `failed`: the worker's own failure, which its circuit breaker counts; None: neither that nor work done (the
         client left, the other leg failed, the request was rejected). Without `judge` the verdict is still to come.
         """
-        if lease.released:
+        if lease.released_at_s is not None:
             return
         self._release(lease, failed, judge, self.clock())
         if self.observer is not None:
@@ -355,27 +358,29 @@ class LoadTable:
 
     def _release(self, lease: Lease, failed: bool | None, judge: bool, now_s: float) -> None:
         lease.released_at_s = now_s
-        rank = lease.rank
+        state, rank, leases = lease.state, lease.rank, lease.rank.leases
         if judge:
             self.apply_judgement(lease, failed, now_s)
-        if lease.after is not None and failed is False:
-            self._learn_output(lease, lease.after.released_at_s)
-        lease.after = None
+        if lease.after is not None:
+            if failed is False:
+                self._learn_output(lease, lease.after.released_at_s)
+            lease.after = None
         rank.lifetime_s += LEARN * (now_s - lease.charged_at_s - rank.lifetime_s)
-        del rank.leases[lease]
+        del leases[lease]
         if rank.oldest is lease:
             if failed is False:
-                rank.busy_s = (1 - LEARN) * rank.busy_s + now_s - rank.serving_since_s
-                rank.work_tokens = (1 - LEARN) * rank.work_tokens + lease.tokens
+                rank.busy_s = KEEP * rank.busy_s + now_s - rank.serving_since_s
+                rank.work_tokens = KEEP * rank.work_tokens + lease.tokens
                 if not rank.counted and rank.busy_s > 0:
                     rank.tokens_per_s = rank.work_tokens / rank.busy_s
-            rank.oldest, rank.serving_since_s = next(iter(rank.leases), None), now_s
+            rank.oldest, rank.serving_since_s = next(iter(leases), None), now_s
         rank.outstanding_requests -= 1
         # Float sums of the same terms in another order can leave a remainder: an idle rank has exactly 0.
-        rank.outstanding_tokens = max(0.0, rank.outstanding_tokens - lease.tokens) if rank.leases else 0.0
+        tokens = rank.outstanding_tokens - lease.tokens
+        rank.outstanding_tokens = tokens if tokens > 0 and leases else 0.0
         rank.note_change(now_s, -lease.tokens)
-        lease.state.in_flight -= 1
-        self.in_flight[lease.state.worker.role] -= 1
+        state.in_flight -= 1
+        self.in_flight[state.worker.role] -= 1
 
     def judge(self, lease: Lease, failed: bool | None) -> None:
         """Tell the worker's circuit breaker how a leg ended; a second time does nothing."""
@@ -391,11 +396,12 @@ class LoadTable:
             return
         lease.judged = True
         lease.state.circuit.ended(failed, at_s)
-        self.circuit_changed(lease.state)
+        if failed or self._tripped:  # a closed one stays so but for a failure
+            self.circuit_changed(lease.state)
 
     def circuit_changed(self, state: WorkerState) -> None:
         """Look whether a worker's circuit is closed."""
-        if state.circuit.state is CircuitState.CLOSED:
+        if state.circuit.state is CLOSED:
             self._tripped.discard(state)
         else:
             self._tripped.add(state)
@@ -403,7 +409,8 @@ class LoadTable:
     def expected_output(self, max_output_tokens: float, prompts: int) -> float:
         """What a request is likely to generate, all its prompts together, when it may generate so much at most."""
         mean = DEFAULT_OUTPUT_TOKENS if self.output_tokens is None else self.output_tokens
-        return min(max_output_tokens, mean * prompts)
+        usual = mean * prompts
+        return usual if usual < max_output_tokens else max_output_tokens
 
     def _learn_output(self, lease: Lease, began_s: float | None) -> None:
         """A decode leg has ended: time since its first token x speed of a request on that rank = its output."""

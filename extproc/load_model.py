@@ -5,11 +5,13 @@ Reads the load table, never writes. `scraped` is the rule of the existing gatewa
 
 from collections.abc import Callable, Sequence
 from math import exp, inf, log
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from extproc.errors import ConfigError
 from extproc.load import WorkerState
-from extproc.model import Role
+from extproc.model import PREFILL
 
 STALE_WEIGHT = 0.02
 """Figures that have faded to this (four request lifetimes) say nothing any more."""
@@ -17,10 +19,8 @@ STALE_WEIGHT = 0.02
 STALE_AGE = -log(STALE_WEIGHT)
 """The same as an age in request lifetimes."""
 
-PREFILL = Role.PREFILL
 
-
-class RankLoads(NamedTuple):
+class RankLoads(msgspec.Struct, frozen=True, gc=False):
     """What several workers were rated at."""
 
     tokens: list[list[float]]
@@ -57,10 +57,10 @@ class Scraped:
             tokens = []
             for rank in state.ranks:
                 if rank.scraped is None or rank.scraped.used_tokens is None:
-                    return RankLoads([[each.charged_tokens for each in one.ranks] for one in states], final=False)
+                    return RankLoads([[each.charged_tokens for each in one.ranks] for one in states], False)
                 tokens.append(rank.scraped.used_tokens + rank.charged_tokens)
             loads.append(tokens)
-        return RankLoads(loads, final=True)
+        return RankLoads(loads, True)
 
     def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """Tokens on the least loaded rank: this rule knows no speeds."""
@@ -84,23 +84,29 @@ class Live:
     def rank_loads(self, states: Sequence[WorkerState]) -> RankLoads:
         """Load of each worker's ranks."""
         now_s = self._clock()
-        ledger = _ledger(states, now_s)
-        corrected = _corrected(states, ledger, now_s)
-        return RankLoads(ledger, final=False) if corrected is None else RankLoads(corrected, final=True)
+        ledger, corrected = [], []
+        for state in states:
+            loads = _ledger(state, now_s)
+            ledger.append(loads)
+            better = _corrected(state, loads, now_s)
+            if better is not None:
+                corrected.append(better)
+        if len(corrected) == len(ledger):
+            return RankLoads(corrected, True)
+        return RankLoads(ledger, not corrected)  # one with figures would be rated by them when alone
 
     def drain_s(self, states: Sequence[WorkerState], tokens: Sequence[Sequence[float]]) -> list[float]:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
         drains = []
         usual = 0.0
         for state, loads in zip(states, tokens, strict=True):
-            least_s = inf
-            for rank, load in zip(state.ranks, loads, strict=True):
-                if not load:  # whatever its speed
-                    least_s = 0.0
-                    break
-                wait_s = load / (rank.tokens_per_s or usual or (usual := _usual_speed(states)))
-                if wait_s < least_s:  # noqa: PLR1730 - a call of min() is twice the time
-                    least_s = wait_s
+            least_s = 0.0
+            if 0.0 not in loads:  # else it is 0 whatever the speed
+                least_s = inf
+                for rank in state.ranks:
+                    wait_s = loads[rank.dp_rank] / (rank.tokens_per_s or usual or (usual := _usual_speed(states)))
+                    if wait_s < least_s:  # noqa: PLR1730 - a call of min() is twice the time
+                        least_s = wait_s
             drains.append(least_s)
         return drains
 
@@ -111,44 +117,32 @@ def _usual_speed(states: Sequence[WorkerState]) -> float:
     return sum(known) / len(known) if known else 1.0
 
 
-def _ledger(states: Sequence[WorkerState], now_s: float) -> list[list[float]]:
+def _ledger(state: WorkerState, now_s: float) -> list[float]:
     """Each rank's open leases, less what is done of them (`RankState.done_tokens`, written out: this is most of a
     decision)."""
-    ledger = []
-    for state in states:
-        loads = []
+    loads = [rank.outstanding_tokens for rank in state.ranks]
+    if state.worker.role is PREFILL and any(loads):
         for rank in state.ranks:
-            tokens = rank.outstanding_tokens
-            if tokens and rank.role is PREFILL:
-                oldest, speed = rank.oldest, rank.tokens_per_s
-                if oldest is not None and speed is not None:
-                    done = speed * (now_s - rank.serving_since_s)
-                    tokens -= done if done < oldest.tokens else oldest.tokens
-            loads.append(tokens)
-        ledger.append(loads)
-    return ledger
+            oldest, speed = rank.oldest, rank.tokens_per_s
+            if oldest is not None and speed is not None and rank.outstanding_tokens:
+                done = speed * (now_s - rank.serving_since_s)
+                loads[rank.dp_rank] -= done if done < oldest.tokens else oldest.tokens
+    return loads
 
 
-def _corrected(
-    states: Sequence[WorkerState], ledger: Sequence[Sequence[float]], now_s: float
-) -> list[list[float]] | None:
-    """The ledger and what engines had besides, as far as it has not faded (`RankState.news_weight`); None while one of
-    the ranks has no figures, or old ones."""
-    corrected = []
-    for state, ledger_loads in zip(states, ledger, strict=True):
-        loads = []
-        for rank, ledger_load in zip(state.ranks, ledger_loads, strict=True):
-            if rank.news_at_s is None:
-                return None
-            age = (now_s - rank.news_at_s) / rank.lifetime_s
-            if age > STALE_AGE:
-                return None
-            load, foreign = ledger_load, rank.foreign_tokens
-            if foreign:
-                load += foreign * exp(-age) if age > 0 else foreign
-            loads.append(load if load > 0 else 0.0)
-        corrected.append(loads)
-    return corrected
+def _corrected(state: WorkerState, ledger: Sequence[float], now_s: float) -> list[float] | None:
+    """The ledger and what the engine had besides, as far as it has not faded (`RankState.news_weight`); None while one
+    of the ranks has no figures, or old ones."""
+    loads = []
+    for rank in state.ranks:
+        news_at_s = rank.news_at_s
+        if news_at_s is None or (age := (now_s - news_at_s) / rank.lifetime_s) > STALE_AGE:
+            return None
+        load, foreign = ledger[rank.dp_rank], rank.foreign_tokens
+        if foreign:
+            load += foreign * exp(-age) if age > 0 else foreign
+        loads.append(load if load > 0 else 0.0)
+    return loads
 
 
 LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}

@@ -16,6 +16,10 @@ class Role(enum.StrEnum):
     DECODE = "decode"
 
 
+PREFILL, DECODE = Role
+"""For what runs with every request: up to Python 3.11 a member that is found on its class is a call of Python."""
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """One engine, as far as it is known: what the configuration says, completed by what the engine reported.
@@ -71,7 +75,7 @@ class RankLoad(msgspec.Struct, frozen=True, gc=False):
     snapshot_s: float | None = None
 
 
-class Pick(msgspec.Struct, frozen=True):
+class Pick(msgspec.Struct, frozen=True, gc=False):
     """One leg's destination: the worker, and the DP rank on it."""
 
     worker: Worker
@@ -79,7 +83,7 @@ class Pick(msgspec.Struct, frozen=True):
     """The rank to ask the engine for; None: the engine decides (one rank, unknown, or switched off)."""
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where one attempt of one request goes: both legs and the room they meet in."""
 
     prefill: Pick

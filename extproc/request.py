@@ -27,6 +27,9 @@ class Endpoint(enum.StrEnum):
 
 ENDPOINTS: dict[str, Endpoint] = {endpoint.value: endpoint for endpoint in Endpoint}
 
+GENERATE, CHAT, COMPLETIONS = Endpoint
+"""As `model.PREFILL`."""
+
 ROUTING_FIELDS = (
     "bootstrap_host",
     "bootstrap_port",
@@ -60,7 +63,7 @@ MAX_DEPTH = 256
 """Deepest nesting of a body. Tool schemas reach a few dozen; Python's own JSON parser, in the engine, fails near 1,000.
 Ours would fail there too up to Python 3.11, and later on newer ones: so the limit is stated."""
 
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
 
 
 class _SamplingParams(msgspec.Struct):
@@ -186,8 +189,8 @@ def parse(
     except msgspec.DecodeError as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from None
 
-    per_prompt = sampling if isinstance(sampling, list) else [sampling] if sampling else []
-    if (fields.n or 1) > 1 or any((params.n or 1) > 1 for params in per_prompt):
+    per_prompt = sampling if isinstance(sampling, list) else (sampling,) if sampling else ()
+    if (fields.n or 1) > 1 or (per_prompt and any((params.n or 1) > 1 for params in per_prompt)):
         raise BadRequest(
             "n > 1 is not supported with prefill/decode disaggregation (all samples would share one bootstrap room): "
             "send n separate requests",
@@ -201,8 +204,10 @@ def parse(
         tokens = _count(fields, prompt, estimator.count)
     if tokens is None:
         tokens = estimator.tokens(endpoint, fields.model, measured)
-    output_tokens = None
-    for limit in (fields.max_completion_tokens, fields.max_tokens, *[params.max_new_tokens for params in per_prompt]):
+    output_tokens, limits = None, (fields.max_completion_tokens, fields.max_tokens)
+    if per_prompt:
+        limits += tuple(params.max_new_tokens for params in per_prompt)
+    for limit in limits:
         if limit and output_tokens is None:
             output_tokens = _number(limit)
     return GenerationRequest(
@@ -241,7 +246,11 @@ def _client_fields(fields: _Body) -> tuple[str, ...]:
 
 def _check_depth(body: bytes) -> None:
     """Raise BadRequest for a valid document that is nested more than MAX_DEPTH deep."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:  # nearly all; the scan below costs 8 ns a byte
+    # What `replace` leaves out tells how many there are, in a fifth of the time or less: it looks for the next one with
+    # memchr, `count` at one byte after the other.
+    lists = len(body) - len(body.replace(b"[", b"", MAX_DEPTH + 1))
+    objects = len(body) - len(body.replace(b"{", b"", MAX_DEPTH + 1))
+    if lists + objects <= MAX_DEPTH:  # nearly all; the scan below costs 8 ns a byte
         return
     depth = 0
     for match in _STRING_OR_BRACKET.finditer(body):
@@ -260,7 +269,7 @@ def _too_deep() -> BadRequest:
 
 def _check_model(endpoint: Endpoint, model: str | None, models: Sequence[str]) -> None:
     if model is None:
-        if endpoint is Endpoint.GENERATE:  # has no such field in SGLang's own API
+        if endpoint is GENERATE:  # has no such field in SGLang's own API
             return
         raise BadRequest(f"the field 'model' is missing: expected one of {', '.join(models)}", param="model")
     # SGLang reads `base:adapter` as a LoRA adapter of the base model.
@@ -271,20 +280,20 @@ def _check_model(endpoint: Endpoint, model: str | None, models: Sequence[str]) -
 
 
 def _prompt(endpoint: Endpoint, fields: _Body) -> Raw:
-    if endpoint is Endpoint.CHAT:
+    if endpoint is CHAT:
         return fields.messages
-    if endpoint is Endpoint.COMPLETIONS:
+    if endpoint is COMPLETIONS:
         return fields.prompt
     return fields.input_ids if fields.input_ids and bytes(fields.input_ids) != b"null" else fields.text
 
 
 def _measure(endpoint: Endpoint, fields: _Body, prompt: Raw) -> tuple[float | None, Prompt]:
     """The tokens, where the client sent tokens, and what the prompts measure."""
-    if endpoint is Endpoint.CHAT:
-        text_bytes = memoryview(prompt).nbytes + memoryview(fields.tools).nbytes
-        media, media_bytes = _media(bytes(prompt))
-        return None, Prompt(text_bytes - media_bytes, media)
-    name = "prompt" if endpoint is Endpoint.COMPLETIONS else "input_ids" if prompt is fields.input_ids else "text"
+    if endpoint is CHAT:
+        messages = bytes(prompt)
+        media, media_bytes = _media(messages)
+        return None, Prompt(len(messages) + len(bytes(fields.tools)) - media_bytes, media)
+    name = "prompt" if endpoint is COMPLETIONS else "input_ids" if prompt is fields.input_ids else "text"
     return _measure_prompt(name, prompt)
 
 

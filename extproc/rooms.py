@@ -21,12 +21,12 @@ class Rooms:
     """
 
     def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+        self._uniform = rng.random
         self._next = rng.randrange(ROOM_LIMIT)
 
     def draw(self, count: int = 1, *, modulus: int = 1, residue: int = 0) -> int:
         """Reserve `count` consecutive rooms; the first is congruent to `residue` modulo `modulus`."""
-        first = self._next + self._rng.randrange(_MAX_GAP)
+        first = self._next + int(self._uniform() * _MAX_GAP)
         first += (residue - first) % modulus
         if first + count > ROOM_LIMIT:
             first = residue % modulus

@@ -13,7 +13,7 @@ from extproc.errors import NoWorker, Overloaded
 from extproc.explain import Explanation, Recorder, describe
 from extproc.load import Lease, LoadTable, WorkerState
 from extproc.load_model import make_load_model
-from extproc.model import Pick, Placement, Role
+from extproc.model import DECODE, PREFILL, Pick, Placement, Role
 from extproc.policy import PolicyContext, make_rank_policy, make_worker_policy
 from extproc.request import GenerationRequest
 from extproc.rooms import Rooms
@@ -63,13 +63,13 @@ class Scheduler:
         """
         self._check_concurrency()
         recorder = self._recorder
-        prefill, prefill_rank = self._pick(Role.PREFILL, request, avoid)
+        prefill, prefill_rank = self._pick(PREFILL, request, avoid)
         compared = recorder.take() if recorder else ()
-        decode, decode_rank = self._pick(Role.DECODE, request, avoid)
+        decode, decode_rank = self._pick(DECODE, request, avoid)
         if prefill_rank is None:
             room = self._rooms.draw(request.rooms)
         else:  # so that an engine that goes by the room agrees with the pick
-            room = self._rooms.draw(request.rooms, modulus=prefill.worker.rank_count, residue=prefill_rank)
+            room = self._rooms.draw(request.rooms, modulus=len(prefill.ranks), residue=prefill_rank)
         # Where the engine decides, it goes by the room, modulo its ranks.
         prefill_charged = room % len(prefill.ranks) if prefill_rank is None else prefill_rank
         decode_charged = room % len(decode.ranks) if decode_rank is None else decode_rank
@@ -83,29 +83,36 @@ class Scheduler:
                 describe(self.loads, (prefill, prefill_charged), compared, now_s),
                 describe(self.loads, (decode, decode_charged), recorder.take(), now_s),
             )
-        prefill_lease = self._charge(prefill, prefill_charged, request)
-        return Scheduled(
-            Placement(Pick(prefill.worker, prefill_rank), Pick(decode.worker, decode_rank), room),
-            prefill_lease,
-            self._charge(decode, decode_charged, request, prefill_lease),
-            explanation,
+        self._workers[PREFILL].placed(request, prefill, prefill_charged)
+        self._workers[DECODE].placed(request, decode, decode_charged)
+        table, limit, prompts = self._table, request.max_output_tokens, request.batch_size
+        prefill_lease = table.charge(prefill, prefill_charged, request.prompt_tokens)
+        decode_lease = table.charge(
+            decode,
+            decode_charged,
+            request.prompt_tokens,
+            table.expected_output(limit, prompts),
+            after=prefill_lease if prompts == 1 else None,  # of a batch only the longest would show: nothing is learned
+            max_output=limit,
         )
+        placement = Placement(Pick(prefill.worker, prefill_rank), Pick(decode.worker, decode_rank), room)
+        return Scheduled(placement, prefill_lease, decode_lease, explanation)
 
     def pick_direct(self) -> WorkerState:
         """A decode worker for a request that generates nothing. Raises NoWorker."""
-        return self._workers[Role.DECODE].pick(self._candidates(Role.DECODE), None).state
+        return self._workers[DECODE].pick(self._candidates(DECODE), None).state
 
     def check_available(self) -> None:
         """Raise NoWorker or Overloaded unless both roles have a healthy worker that may be sent something."""
         self._check_concurrency()
-        for role in Role:
-            self._candidates(role)
+        self._candidates(PREFILL)
+        self._candidates(DECODE)
 
     def _check_concurrency(self) -> None:
         """Raise Overloaded when as many requests are in flight as may be; one is until its decode leg ends."""
         if self._most_in_flight <= 0:
             return
-        in_flight = self._table.in_flight[Role.DECODE]
+        in_flight = self._table.in_flight[DECODE]
         if in_flight >= self._most_in_flight:
             raise Overloaded(f"{in_flight} requests are in flight, as many as may be: try again later")
 
@@ -134,22 +141,10 @@ class Scheduler:
 
     def _pick(self, role: Role, request: GenerationRequest, avoid: Collection[str]) -> tuple[WorkerState, int | None]:
         """The worker, and the rank to ask for: None where there is nothing to choose, or the engine is to choose."""
-        state, dp_rank, loads = self._workers[role].pick(self._candidates(role, avoid), request)
-        if state.worker.rank_count == 1:
+        choice = self._workers[role].pick(self._candidates(role, avoid), request)
+        state, dp_rank = choice.state, choice.dp_rank
+        if len(state.ranks) == 1:
             return state, None
         if dp_rank is None:
-            dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens, loads)
+            dp_rank = self._ranks[role].select_dp_rank(state, request.prompt_tokens, choice.rank_tokens)
         return state, dp_rank
-
-    def _charge(
-        self, state: WorkerState, dp_rank: int, request: GenerationRequest, prefill: Lease | None = None
-    ) -> Lease:
-        """Charge a leg to its rank. `prefill`: the other leg's lease; with it, this is the decode leg."""
-        self._workers[state.worker.role].placed(request, state, dp_rank)
-        if prefill is None:
-            return self._table.charge(state, dp_rank, request.prompt_tokens)
-        limit, prompts = request.max_output_tokens, request.batch_size
-        output_tokens = self._table.expected_output(limit, prompts)
-        # Of a batch only its longest output would show, so nothing is learned from it.
-        after = prefill if prompts == 1 else None
-        return self._table.charge(state, dp_rank, request.prompt_tokens, output_tokens, after=after, max_output=limit)

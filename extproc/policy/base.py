@@ -4,7 +4,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from extproc.config import Config
 from extproc.load import WorkerState
@@ -23,7 +25,7 @@ class PolicyContext:
     """Seconds from any origin."""
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """A worker, and perhaps a rank on it."""
 
     state: WorkerState

@@ -34,7 +34,7 @@ class Fleet:
 
     def __init__(self, context: PolicyContext) -> None:
         self._loads = context.loads
-        self._rng = context.rng
+        self._uniform = context.rng.random
         self._rel = context.config.balance_rel_threshold
         self._abs = context.config.balance_abs_threshold
         self._states: Sequence[WorkerState] = ()
@@ -84,7 +84,7 @@ class Fleet:
         count = len(states)
         if count <= COMPARE_ALL:
             return states
-        uniform = self._rng.random
+        uniform = self._uniform
         return [states[int(uniform() * count)] for _ in range(SAMPLE)]
 
     def tokens(self, states: Sequence[WorkerState]) -> list[float]:
@@ -105,7 +105,12 @@ class Fleet:
     ) -> WorkerState:
         """The state with the least load, then the least `tie`, then any."""
         best = min(loads)
-        if loads.count(best) == 1:
+        count = loads.count(best)
+        if count == 1:
             return states[loads.index(best)]
-        equals = [state for state, load in zip(states, loads, strict=True) if load == best]
-        return self._rng.choice(equals) if tie is None else self.least(equals, list(map(tie, equals)))
+        equals = states
+        if count < len(loads):
+            equals = [state for state, load in zip(states, loads, strict=True) if load == best]
+        if tie is not None:
+            return self.least(equals, list(map(tie, equals)))
+        return equals[int(self._uniform() * len(equals))]

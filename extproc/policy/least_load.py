@@ -25,6 +25,6 @@ class LeastLoad(WorkerPolicy):
     def pick(self, states: Sequence[WorkerState], request: GenerationRequest | None) -> Choice:
         """The one with the shortest drain time, then the fewest legs in flight, then any."""
         drawn = self._fleet.draw(states)
-        tokens, final = self._loads.rank_loads(drawn)
-        best = self._fleet.least(drawn, self._loads.drain_s(drawn, tokens), in_flight)
-        return Choice(best, None, tokens[drawn.index(best)] if final else None)
+        rated = self._loads.rank_loads(drawn)
+        best = self._fleet.least(drawn, self._loads.drain_s(drawn, rated.tokens), in_flight)
+        return Choice(best, None, rated.tokens[drawn.index(best)] if rated.final else None)

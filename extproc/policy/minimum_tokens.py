@@ -16,7 +16,7 @@ class MinimumTokens:
 
     def __init__(self, context: PolicyContext) -> None:
         self._loads = context.loads
-        self._rng = context.rng
+        self._uniform = context.rng.random
         self._lowest_of_equals = context.config.load_model == "scraped"
 
     def select_dp_rank(
@@ -25,6 +25,10 @@ class MinimumTokens:
         """The least loaded rank."""
         loads = self._loads.rank_loads((state,)).tokens[0] if rank_tokens is None else rank_tokens
         least = min(loads)
-        if self._lowest_of_equals or loads.count(least) == 1:
+        equals = loads.count(least)
+        if equals == 1 or self._lowest_of_equals:
             return loads.index(least)
-        return self._rng.choice([dp_rank for dp_rank, load in enumerate(loads) if load == least])
+        number = int(self._uniform() * equals)
+        if equals == len(loads):  # an idle worker
+            return number
+        return [dp_rank for dp_rank, load in enumerate(loads) if load == least][number]

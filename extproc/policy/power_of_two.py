@@ -28,7 +28,8 @@ class PowerOfTwo(WorkerPolicy):
         index = int(uniform() * count)
         first = states[index]
         second = states[(index + 1 + int(uniform() * (count - 1))) % count]
-        (loads, other_loads), final = self._loads.rank_loads((first, second))
+        rated = self._loads.rank_loads((first, second))
+        loads, other_loads = rated.tokens
         # A request waits on one rank: four times the tokens on four times the ranks is the same wait. Cross-multiplied.
         ranks, other_ranks = len(loads), len(other_loads)
         load, other_load = sum(loads) * other_ranks, sum(other_loads) * ranks
@@ -36,4 +37,4 @@ class PowerOfTwo(WorkerPolicy):
             load, other_load = first.in_flight * other_ranks, second.in_flight * ranks
         if other_load < load:
             first, loads = second, other_loads
-        return Choice(first, None, loads if final else None)
+        return Choice(first, None, loads if rated.final else None)

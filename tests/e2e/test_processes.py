@@ -171,8 +171,8 @@ def test_a_retry_avoids_the_failed_worker_in_the_other_process():
         retried = [attempts for attempts in by_id.values() if len(attempts) > 1]
         across = [attempts for attempts in retried if attempts["1"]["process"] != attempts["2"]["process"]]
         assert len(across) >= 5
-        # By chance alone, a second attempt would meet it again half of the time. Now and then one is sooner in the other
-        # process than the word of it.
+        # By chance alone, a second attempt would meet it again half of the time. Now and then one is in the other
+        # process sooner than the word of it.
         again = [attempts for attempts in retried if len(attempts) > 2 or attempts["2"]["outcome"] != "ok"]
         assert len(again) <= len(retried) / 5
 

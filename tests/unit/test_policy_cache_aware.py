@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.model import Role
+from extproc.policy import Choice
 from extproc.policy.cache_aware import CacheAware
 
 
@@ -139,7 +140,7 @@ class TestRanks:
 
     def test_the_prefix_prefers_its_rank(self, fleet, subject):
         subject.placed(request(prompt=text(1)), fleet.states[1], 3)
-        assert subject.pick(fleet.states, request(prompt=text(1)))[:2] == (fleet.states[1], 3)
+        assert subject.pick(fleet.states, request(prompt=text(1))) == Choice(fleet.states[1], 3)
         assert subject.pick(fleet.states, request(prompt=text(2))).dp_rank is None
 
     @pytest.mark.parametrize(("waiting", "rank"), [(90.0, 3), (110.0, None)])
@@ -148,14 +149,14 @@ class TestRanks:
         subject.placed(request(prompt=text(1)), fleet.states[1], 3)
         own = fleet.states[1].ranks[3]
         own.charged_tokens = own.outstanding_tokens = waiting
-        assert subject.pick(fleet.states, request(100, prompt=text(1)))[:2] == (fleet.states[1], rank)
+        assert subject.pick(fleet.states, request(100, prompt=text(1))) == Choice(fleet.states[1], rank)
 
     def test_of_several_ranks_the_less_loaded_is_picked(self, fleet, subject):
         for dp_rank in (1, 2):
             subject.placed(request(prompt=text(1)), fleet.states[0], dp_rank)
         first = fleet.states[0].ranks[1]
         first.charged_tokens = first.outstanding_tokens = 10.0
-        assert subject.pick(fleet.states, request(prompt=text(1)))[:2] == (fleet.states[0], 2)
+        assert subject.pick(fleet.states, request(prompt=text(1))) == Choice(fleet.states[0], 2)
 
     def test_a_rank_that_is_no_more_is_not_asked_for(self, fleet, subject):
         subject.placed(request(prompt=text(1)), fleet.states[1], 3)

@@ -27,7 +27,8 @@ def test_rooms_are_in_range_unique_and_congruent(rng, draws):
 
 def test_wraps_around_at_the_end():
     rng = random.Random(1)
-    rng.randrange = lambda limit: ROOM_LIMIT - 10 if limit == ROOM_LIMIT else 0
+    rng.randrange = lambda limit: limit - 10  # the start
+    rng.random = lambda: 0.0
     rooms = Rooms(rng)
     first = rooms.draw(4, modulus=4, residue=3)
     assert first % 4 == 3
