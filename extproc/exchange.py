@@ -178,8 +178,6 @@ class Exchange:
     """One attempt of one request. Made when its route stream opens."""
 
     # What each begins with; an instance holds what has become of it.
-    route_state = RouteState.NEW
-    prefill_state = PrefillState.EXPECTED
     _endpoint: Endpoint | None = None
     _request_id = ""
     _attempt = 1
@@ -200,9 +198,6 @@ class Exchange:
     _prefill_failed: bool | None = None
     _decode_failed: bool | None = None
     """Whether the worker failed; None: not known (yet), or neither (rejected, ended by us)."""
-    _prefill_end = LegEnd.UNSENT
-    _decode_end = LegEnd.UNSENT
-    _outcome = Outcome.OK
     _reason = ""
     _status = 0
     _status_of_prefill = 0
@@ -216,6 +211,12 @@ class Exchange:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._started_s = gateway.clock()
+        # Not above: compiled classes take constants only.
+        self.route_state: RouteState = RouteState.NEW
+        self.prefill_state: PrefillState = PrefillState.EXPECTED
+        self._prefill_end: LegEnd = LegEnd.UNSENT
+        self._decode_end: LegEnd = LegEnd.UNSENT
+        self._outcome: Outcome = Outcome.OK
 
     def __repr__(self) -> str:
         """For logs of bugs and for failing tests; holds nothing of the request's content."""

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import msgspec
-
 from extproc.circuit import CLOSED, NO_LIMITS, Circuit, CircuitLimits
 from extproc.model import RankLoad, Role, Worker
+from extproc.values import Thing
 
 LEARN = 0.05
 """Weight of the latest of many like figures: about the last 20 count."""
@@ -135,7 +134,7 @@ class WorkerState:
     """What to add to the engine's clock to get the service's; the delay of the fastest scrape is in it."""
 
 
-class Lease(msgspec.Struct, eq=False):
+class Lease(Thing, eq=False):
     """A charge on a rank. Held by one exchange, released exactly once by `LoadTable.release`."""
 
     state: WorkerState

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from math import exp, inf, log
 from typing import Protocol
 
-import msgspec
-
 from extproc.errors import ConfigError
 from extproc.load import WorkerState
 from extproc.model import PREFILL
+from extproc.values import Value
 
 STALE_WEIGHT = 0.02
 """Figures that have faded to this (four request lifetimes) say nothing any more."""
@@ -20,7 +19,7 @@ STALE_AGE = -log(STALE_WEIGHT)
 """The same as an age in request lifetimes."""
 
 
-class RankLoads(msgspec.Struct, frozen=True, gc=False):
+class RankLoads(Value, frozen=True):
     """What several workers were rated at."""
 
     tokens: list[list[float]]

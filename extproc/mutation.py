@@ -13,6 +13,7 @@ import msgspec
 from extproc.explain import Explanation
 from extproc.model import Pick, Placement
 from extproc.request import GenerationRequest
+from extproc.values import Value
 
 MODE = "x-pd-mode"
 """`pd`: two legs; `direct`: one decode worker, untouched. Envoy's routes match on it. `prefill`: on the prefill leg,
@@ -49,7 +50,7 @@ RESERVED_NAMES = frozenset({"x-data-parallel-rank", "x-gateway-destination-endpo
 Headers = tuple[tuple[str, str], ...]
 
 
-class Mutation(msgspec.Struct, frozen=True, gc=False):
+class Mutation(Value, frozen=True):
     """What both legs carry."""
 
     headers: Headers

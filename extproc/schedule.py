@@ -6,8 +6,6 @@ No I/O, no `await`: what it picks is charged before the next request is looked a
 import random
 from collections.abc import Collection, Sequence
 
-import msgspec
-
 from extproc.config import Config
 from extproc.errors import NoWorker, Overloaded
 from extproc.explain import Explanation, Recorder, describe
@@ -17,9 +15,10 @@ from extproc.model import DECODE, PREFILL, Pick, Placement, Role
 from extproc.policy import PolicyContext, make_rank_policy, make_worker_policy
 from extproc.request import GenerationRequest
 from extproc.rooms import Rooms
+from extproc.values import Value
 
 
-class Scheduled(msgspec.Struct, frozen=True):
+class Scheduled(Value, frozen=True):
     """A placement and what it has charged."""
 
     placement: Placement

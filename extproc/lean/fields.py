@@ -6,7 +6,7 @@ No I/O. Decoding is the `hpack` package's; repeated blocks are looked up, as one
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hpack import Decoder, HPACKError, OversizedHeaderListError
 from hpack.table import HeaderTable
@@ -39,13 +39,13 @@ class TooManyFields(Exception):
 
 
 @dataclass(slots=True)
-class Block(Generic[Meaning]):
+class Block:
     """One decoded header block."""
 
     fields: Fields
     fault: str | None
     """Why it is not a well-formed request; None when it is one."""
-    meaning: Meaning | None
+    meaning: Any
     """What the layer above made of it; None when it is not a request."""
     content_length: int | None = None
 
@@ -68,14 +68,14 @@ class BlockDecoder(Generic[Meaning]):
         self._decoder = Decoder(max_list_bytes)
         self._table = self._decoder.header_table = _CountingTable()
         self._interpret = interpret
-        self._cache: dict[bytes, Block[Meaning]] = {}
+        self._cache: dict[bytes, Block] = {}
 
-    def decode(self, block: bytes) -> Block[Meaning]:
+    def decode(self, block: bytes) -> Block:
         """Raises BlockError, TooManyFields."""
         known = self._cache.get(block)
         return known if known is not None else self._decode(block)
 
-    def _decode(self, data: bytes) -> Block[Meaning]:
+    def _decode(self, data: bytes) -> Block:
         additions = self._table.additions
         try:
             fields: Fields = tuple((name, value) for name, value in self._decoder.decode(data, raw=True))

@@ -371,8 +371,8 @@ class GrpcConnection:
 
     # Events
 
-    def _request(self, event: RequestReceived[Request]) -> None:
-        request = event.request
+    def _request(self, event: RequestReceived) -> None:
+        request: Request = event.request
         receiver = request.receiver
         if receiver is None:
             self.http2.send_trailers(event.stream_id, request.refusal)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import Generic
+from typing import Any, Generic
 
 from extproc.lean.fields import BlockDecoder, BlockError, Fields, Meaning, TooManyFields, check_trailers
 
@@ -111,11 +111,11 @@ class Limits:
 
 
 @dataclass(slots=True)
-class RequestReceived(Generic[Meaning]):
+class RequestReceived:
     """A stream was opened."""
 
     stream_id: int
-    request: Meaning
+    request: Any
     """What `interpret` made of the header fields; the same object for the same block."""
     ended: bool
     """Nothing else will come on the stream."""
@@ -164,7 +164,7 @@ class PeerLeaves:
     code: int
 
 
-Event = RequestReceived[Meaning] | DataReceived | TrailersReceived | StreamReset | ConnectionEnded | PeerLeaves
+Event = RequestReceived | DataReceived | TrailersReceived | StreamReset | ConnectionEnded | PeerLeaves
 
 
 class _ConnectionFault(Exception):
@@ -315,9 +315,9 @@ class Connection(Generic[Meaning]):
 
     # Receiving
 
-    def receive(self, data: bytes) -> list[Event[Meaning]]:
+    def receive(self, data: bytes) -> list[Event]:
         """What the peer sent next means. Never raises."""
-        events: list[Event[Meaning]] = []
+        events: list[Event] = []
         if self._closed:
             return events
         if self._rest:
@@ -329,7 +329,7 @@ class Connection(Generic[Meaning]):
             events.append(ConnectionEnded(fault.code, str(fault)))
         return events
 
-    def _receive(self, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _receive(self, data: bytes, events: list[Event]) -> None:
         offset = 0
         size = len(data)
         if not self._greeted:
@@ -367,7 +367,7 @@ class Connection(Generic[Meaning]):
                 self._stop(fault, events)
         self._rest = data[offset:]
 
-    def _data(self, flags: int, stream_id: int, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _data(self, flags: int, stream_id: int, data: bytes, events: list[Event]) -> None:
         """6.1"""
         length = charged = len(data)
         self._uncredited += length
@@ -405,7 +405,7 @@ class Connection(Generic[Meaning]):
             return
         events.append(DataReceived(stream_id, data, charged, ended))
 
-    def _headers(self, flags: int, stream_id: int, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _headers(self, flags: int, stream_id: int, data: bytes, events: list[Event]) -> None:
         """6.2"""
         if not stream_id & 1:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "HEADERS on a stream that is not a client's")
@@ -422,7 +422,7 @@ class Connection(Generic[Meaning]):
         self._block_ends = flags & END_STREAM != 0
         self._add_to_block(data)
 
-    def _continuation(self, flags: int, stream_id: int, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _continuation(self, flags: int, stream_id: int, data: bytes, events: list[Event]) -> None:
         """6.10"""
         if self._awaited is None:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
@@ -438,14 +438,14 @@ class Connection(Generic[Meaning]):
         if self._block_bytes > self.limits.max_header_bytes or len(self._block) > MAX_BLOCK_FRAMES:
             raise _ConnectionFault(Code.ENHANCE_YOUR_CALM, "header block too long")
 
-    def _block_complete(self, stream_id: int, data: bytes, ended: bool, events: list[Event[Meaning]]) -> None:
+    def _block_complete(self, stream_id: int, data: bytes, ended: bool, events: list[Event]) -> None:
         try:
             # Always, whatever becomes of the stream: the next block builds on it (4.3).
             block = self._decoder.decode(data)
         except BlockError as error:
             raise _ConnectionFault(Code.COMPRESSION_ERROR, str(error)) from None
-        except TooManyFields as error:
-            raise _ConnectionFault(Code.ENHANCE_YOUR_CALM, str(error)) from None
+        except TooManyFields as too_many:  # not `error`: a name has one type in what is compiled
+            raise _ConnectionFault(Code.ENHANCE_YOUR_CALM, str(too_many)) from None
         if stream_id <= self._highest:
             self._trailers_complete(stream_id, block.fields, ended, events)
             return
@@ -462,7 +462,7 @@ class Connection(Generic[Meaning]):
         self._streams[stream_id] = _Stream(stream_id, self._stream_send_window, block.content_length, ended)
         events.append(RequestReceived(stream_id, block.meaning, ended))
 
-    def _trailers_complete(self, stream_id: int, fields: Fields, ended: bool, events: list[Event[Meaning]]) -> None:
+    def _trailers_complete(self, stream_id: int, fields: Fields, ended: bool, events: list[Event]) -> None:
         stream = self._streams.get(stream_id)
         if stream is None:
             ended_by_peer = self._ended_by_peer(stream_id)
@@ -479,7 +479,7 @@ class Connection(Generic[Meaning]):
         stream.remote_ended = True
         events.append(TrailersReceived(stream_id, fields))
 
-    def _priority(self, _flags: int, stream_id: int, data: bytes, _events: list[Event[Meaning]]) -> None:
+    def _priority(self, _flags: int, stream_id: int, data: bytes, _events: list[Event]) -> None:
         """6.3: ignored."""
         if not stream_id:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
@@ -489,7 +489,7 @@ class Connection(Generic[Meaning]):
             raise _StreamFault(stream_id, Code.FRAME_SIZE_ERROR)
         self._idle_frame()
 
-    def _rst_stream(self, _flags: int, stream_id: int, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _rst_stream(self, _flags: int, stream_id: int, data: bytes, events: list[Event]) -> None:
         """6.4"""
         if len(data) != 4:
             raise _ConnectionFault(Code.FRAME_SIZE_ERROR, "RST_STREAM of a wrong size")
@@ -503,7 +503,7 @@ class Connection(Generic[Meaning]):
         self._close(stream, ended_by_peer=True)
         events.append(StreamReset(stream_id, _unpack_u32(data)[0], by_peer=True))
 
-    def _settings(self, flags: int, stream_id: int, data: bytes, _events: list[Event[Meaning]]) -> None:
+    def _settings(self, flags: int, stream_id: int, data: bytes, _events: list[Event]) -> None:
         """6.5"""
         if stream_id:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
@@ -544,11 +544,11 @@ class Connection(Generic[Meaning]):
                 raise _ConnectionFault(Code.FLOW_CONTROL_ERROR, "a stream window above 2^31-1")
             self._make_ready(stream)
 
-    def _push_promise(self, _flags: int, _stream_id: int, _data: bytes, _events: list[Event[Meaning]]) -> None:
+    def _push_promise(self, _flags: int, _stream_id: int, _data: bytes, _events: list[Event]) -> None:
         """8.4"""
         raise _ConnectionFault(Code.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
 
-    def _ping(self, flags: int, stream_id: int, data: bytes, _events: list[Event[Meaning]]) -> None:
+    def _ping(self, flags: int, stream_id: int, data: bytes, _events: list[Event]) -> None:
         """6.7"""
         if stream_id:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "PING on a stream")
@@ -560,7 +560,7 @@ class Connection(Generic[Meaning]):
         elif self._draining and data == DRAIN_PING:
             self.refuse_streams()
 
-    def _goaway(self, _flags: int, stream_id: int, data: bytes, events: list[Event[Meaning]]) -> None:
+    def _goaway(self, _flags: int, stream_id: int, data: bytes, events: list[Event]) -> None:
         """6.8"""
         if stream_id:
             raise _ConnectionFault(Code.PROTOCOL_ERROR, "GOAWAY on a stream")
@@ -570,7 +570,7 @@ class Connection(Generic[Meaning]):
         self._peer_left = True
         events.append(PeerLeaves(_unpack_u32(data, 4)[0]))
 
-    def _window_update(self, _flags: int, stream_id: int, data: bytes, _events: list[Event[Meaning]]) -> None:
+    def _window_update(self, _flags: int, stream_id: int, data: bytes, _events: list[Event]) -> None:
         """6.9"""
         if len(data) != 4:
             raise _ConnectionFault(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
@@ -777,7 +777,7 @@ class Connection(Generic[Meaning]):
 
     # Ends
 
-    def _stop(self, fault: _StreamFault, events: list[Event[Meaning]]) -> None:
+    def _stop(self, fault: _StreamFault, events: list[Event]) -> None:
         """Reset a stream for what the peer sent on it."""
         stream_id, code = fault.stream_id, fault.code
         self._frame(RST_STREAM, 0, stream_id, _U32.pack(code))

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from extproc.config import Config
 from extproc.load import WorkerState
 from extproc.load_model import LoadModel
 from extproc.request import GenerationRequest
+from extproc.values import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class PolicyContext:
     """Seconds from any origin."""
 
 
-class Choice(msgspec.Struct, frozen=True, gc=False):
+class Choice(Value, frozen=True):
     """A worker, and perhaps a rank on it."""
 
     state: WorkerState

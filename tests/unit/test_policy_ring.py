@@ -10,9 +10,10 @@ from fleets import Fleet, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extproc.policy import fleet as policy_fleet
 from extproc.policy.consistent_hashing import ConsistentHashing
 from extproc.policy.prefix_hash import PrefixHash
-from extproc.policy.ring import MAX_STEPS, POINTS, Ring, key_point
+from extproc.policy.ring import MAX_STEPS, POINTS, Ring, bounded, key_point
 
 KEYS = [key_point(b"key %d" % number) for number in range(4_000)]
 
@@ -147,8 +148,9 @@ def test_without_anything_to_hash_the_least_loaded_is_picked(policy):
 
 def test_the_walk_is_bounded():
     fleet = Fleet(*[1] * (MAX_STEPS + 4))
-    subject = ConsistentHashing(fleet.context())
+    workers, ring = policy_fleet.Fleet(fleet.context()), Ring()
+    workers.see(fleet.states)
+    ring.update(workers.by_name)
     over = []
-    subject._fleet.over_balance = lambda state: over.append(state) or True
-    assert subject.pick(fleet.states, request(key="k")).state in fleet.states
+    assert bounded(ring, workers, 0, lambda state: over.append(state) or True) is None
     assert len(over) == MAX_STEPS

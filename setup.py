@@ -1,0 +1,45 @@
+"""Compiles the core with mypyc where EXTPROC_COMPILE=1 asks for it (docs/decisions.md); all else is in pyproject.toml.
+
+    EXTPROC_COMPILE=1 pip install --no-build-isolation .
+
+That needs a C compiler, and in the environment setuptools, mypy, types-PyYAML and the project's dependencies: what is
+compiled is type-checked first.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+COMPILED = (
+    "circuit.py",
+    "delays.py",
+    "direct.py",
+    "exchange.py",
+    "gateway.py",
+    "lean/fields.py",
+    "lean/grpc.py",
+    "lean/http2.py",
+    "load.py",
+    "load_model.py",
+    "mutation.py",
+    "number.py",
+    "policy/*.py",
+    "rooms.py",
+    "schedule.py",
+    "service.py",
+    "trace_context.py",
+    "wire.py",
+)
+"""What a request goes through. Together, as calls between them are then calls in C. Not: modules of `msgspec.Struct`s
+(a compiled class statement knows no keywords and no annotations), of coroutines, and those that wait for others' code.
+"""
+
+extensions = []
+if os.environ.get("EXTPROC_COMPILE") == "1":
+    from mypyc.build import mypycify
+
+    modules = sorted(str(path) for pattern in COMPILED for path in Path("extproc").glob(pattern))
+    extensions = mypycify(modules, opt_level="3", debug_level="0", group_name="extproc")
+
+setup(ext_modules=extensions)
