@@ -48,21 +48,42 @@ class Contender:
     """Environment variable that names its Python."""
     only: frozenset[str] = frozenset()
     """Names of the cells it takes part in; empty: all."""
+    compiled: bool = False
+    """Its core is (`perf_native.compile_core`)."""
 
 
 COMPARED = frozenset({"2KB c1", "2KB c16"})
 CACHE = frozenset({"64KB c16"})
+FEW_THREADS = COMPARED | {"2KB c64", "SSE c16", "SSE c64"}
 CONTENDERS = (
     Contender("direct", "no gateway: the decode engine alone", "direct"),
     Contender("envoy", "plain Envoy: round robin over decode, mirror to prefill", "envoy"),
-    Contender("extproc", "this gateway as it comes", "extproc"),
+    Contender("extproc", "this gateway as pip installs it", "extproc"),
+    Contender("extproc-compiled", "the same with its core compiled, as in the images", "extproc", compiled=True),
     Contender(
-        "extproc-grpcio", "the same with --transport grpcio", "extproc", ("--transport", "grpcio"), only=COMPARED
+        "extproc-compiled-1",
+        "the same, compiled, with one Envoy thread",
+        "extproc",
+        ("--envoy-concurrency", "1"),
+        only=FEW_THREADS,
+        compiled=True,
+    ),
+    Contender(
+        "extproc-grpcio", "this gateway with --transport grpcio", "extproc", ("--transport", "grpcio"), only=COMPARED
     ),
     Contender("floor", "the same with a no-op service, lean transport", "floor", ("lean",), only=COMPARED),
+    Contender("floor-compiled", "that floor, compiled", "floor", ("lean",), only=COMPARED, compiled=True),
     Contender("floor-grpcio", "the same with a no-op service, grpcio", "floor", ("grpcio",), only=COMPARED),
     Contender(
         "extproc-cache", "this gateway, --policy cache_aware", "extproc", ("--policy", "cache_aware"), only=CACHE
+    ),
+    Contender(
+        "extproc-cache-compiled",
+        "the same, compiled",
+        "extproc",
+        ("--policy", "cache_aware"),
+        only=CACHE,
+        compiled=True,
     ),
     Contender(
         "smg",
@@ -119,18 +140,23 @@ def available(names: Sequence[str]) -> list[Contender]:
 
 
 @contextmanager
-def running(contender: Contender, engines: Engines, directory: Path) -> Iterator[Gateway]:
-    """The gateway, once a request gets through. Raises StackError."""
+def running(contender: Contender, engines: Engines, directory: Path, compiled: Path | None = None) -> Iterator[Gateway]:
+    """The gateway, once a request gets through. `compiled`: where its compiled core is, if it is to have one. Raises
+    StackError."""
     if contender.kind == "direct":
         yield Gateway(contender, engines.decode.port, None)
         return
     port = free_port()
     command, environment = _command(contender, engines, port, directory)
+    if contender.compiled:
+        assert compiled is not None
+        environment = {**environment, "PYTHONPATH": str(compiled)}
     log = directory / f"{contender.name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             tied_to_parent(command),
             env={**os.environ, **environment},
+            cwd=directory,  # `-m` looks there first, and not in a checkout
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

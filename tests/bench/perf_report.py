@@ -117,8 +117,6 @@ def rows(results: Results) -> list[Row]:
     def service(figures: Figures) -> float:
         return figures.cpu.get("python", 0.0)
 
-    shares = tuple(service(figures) / figures.cpu_s for figures in results.of("extproc", "2KB c16") if figures.cpu_s)
-    whole = ratios("extproc", "floor", "2KB c16", service)
     cpu, rate = (lambda figures: figures.cpu_s), (lambda figures: figures.requests_per_s)
     at = {(d.policy, d.workers, d.body): d for d in results.decisions}
     few, many = at.get((POLICY, 10, "2KB")), at.get((POLICY, 1000, "2KB"))
@@ -127,12 +125,28 @@ def rows(results: Results) -> list[Row]:
     large = [d.decision_us for d in results.decisions if d.body == "64KB" and d.policy == "cache_aware"]
     memory = results.memory
     kept = () if memory is None else ((memory.after_bytes - memory.before_bytes) / memory.configured_bytes,)
+
+    def of_build(name: str, about: str) -> list[Row]:
+        """The bars of the gateway as a whole, for one build of it."""
+        ours, whole = f"extproc{name}", ratios(f"extproc{name}", f"floor{name}", "2KB c16", service)
+        above = tuple(value - 1 for value in whole)
+        shares = tuple(service(figures) / figures.cpu_s for figures in results.of(ours, "2KB c16") if figures.cpu_s)
+        latency = ratios(ours, "smg", "2KB c1", lambda figures: figures.p50_us, base="direct")
+        cached = ratios(f"extproc-cache{name}", "smg-cache", "64KB c16", rate)
+        return [
+            # The bar can be read in two ways: of what comes on top of the floor, or of the whole.
+            Row(f"service CPU above the no-op floor, over the floor, 2 KB, c16{about}", 1.5, None, True, above),
+            Row(f"all of the service's CPU over the no-op floor, 2 KB, c16{about}", 1.5, None, True, whole),
+            Row(f"req/s over smg's, 2 KB, c16{about}", 0.4, 0.6, False, ratios(ours, "smg", "2KB c16", rate)),
+            Row(f"CPU a request over smg's, 2 KB, c16{about}", 2.2, 1.5, True, ratios(ours, "smg", "2KB c16", cpu)),
+            Row(f"Python's share of that CPU{about}", 1 / 3, None, True, shares, "%"),
+            Row(f"added p50 over smg's, 2 KB, c1{about}", 3.5, 2.0, True, latency),
+            Row(f"req/s over smg's, 16-chunk SSE, c16{about}", 0.8, 1.2, False, ratios(ours, "smg", "SSE c16", rate)),
+            Row(f"req/s over smg's, 64 KB, c16, both cache_aware{about}", 1.0, None, False, cached),
+        ]
+
     return [
-        # The bar can be read in two ways: of what comes on top of the floor, or of the whole.
-        Row(
-            "service CPU above the no-op floor, over the floor, 2 KB, c16", 1.5, None, True, tuple(v - 1 for v in whole)
-        ),
-        Row("all of the service's CPU over the no-op floor, 2 KB, c16", 1.5, None, True, whole),
+        *of_build("", ""),
         Row(
             "lean over grpcio, service CPU, 2 KB, c16",
             0.35,
@@ -140,24 +154,7 @@ def rows(results: Results) -> list[Row]:
             True,
             ratios("extproc", "extproc-grpcio", "2KB c16", service),
         ),
-        Row("req/s over smg's, 2 KB, c16", 0.4, 0.6, False, ratios("extproc", "smg", "2KB c16", rate)),
-        Row("CPU a request over smg's, 2 KB, c16", 2.2, 1.5, True, ratios("extproc", "smg", "2KB c16", cpu)),
-        Row("Python's share of that CPU", 1 / 3, None, True, shares, "%"),
-        Row(
-            "added p50 over smg's, 2 KB, c1",
-            3.5,
-            2.0,
-            True,
-            ratios("extproc", "smg", "2KB c1", lambda figures: figures.p50_us, base="direct"),
-        ),
-        Row("req/s over smg's, 16-chunk SSE, c16", 0.8, 1.2, False, ratios("extproc", "smg", "SSE c16", rate)),
-        Row(
-            "req/s over smg's, 64 KB, c16, both cache_aware",
-            1.0,
-            None,
-            False,
-            ratios("extproc-cache", "smg-cache", "64KB c16", rate),
-        ),
+        *of_build("-compiled", ", compiled"),
         Row(f"decision, 1,000 workers over 10, {POLICY}", 1.5, None, True, grown),
         Row(
             "decision, 2 KB, the dearest policy, 10 workers",
