@@ -102,7 +102,6 @@ READ_HEADERS = (
     ":status",
     "content-encoding",
     "content-length",
-    "content-type",
     "traceparent",
     "tracestate",
     "x-envoy-attempt-count",
