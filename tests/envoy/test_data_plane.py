@@ -163,8 +163,10 @@ def test_headers_that_steer_are_stripped_from_clients(http2: bool) -> None:
             assert not {name.lower() for name in FORBIDDEN} & set(seen)
             # Of the rest it is told what it looks at; the engine gets all.
             assert set(seen) <= {*READ_HEADERS, ROUTING_KEY}
-            assert ROOM in (prefill := (await b.service.stream("prefill")).headers)
-            assert set(prefill) <= set(PREFILL_READ_HEADERS)
+            prefill = await b.service.stream("prefill")
+            await prefill.until("request_headers")
+            assert ROOM in prefill.headers
+            assert set(prefill.headers) <= set(PREFILL_READ_HEADERS)
             got = b.decode.calls[0].request.headers
             assert [got.get(name) for name in ("x-mine", *secret)] == ["stays", *secret.values()]
             assert seen["x-envoy-attempt-count"] == "1"
