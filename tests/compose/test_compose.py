@@ -1,7 +1,7 @@
 """`docker compose up` for real: the image is built, the project comes up, serves, loses engines, and stops in order.
 
-Runs where a Docker engine and Compose are; traffic stays on the machine. `BUILD_NETWORK=host` and pip's variables
-(`PIP_INDEX_URL`, …) reach the build.
+Runs where a Docker engine and Compose are; traffic stays on the machine. `BUILD_NETWORK=host`, `EXTPROC_COMPILE=0` and
+pip's variables (`PIP_INDEX_URL`, …) reach the build.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ FILE = ROOT / "compose/docker-compose.yaml"
 ENGINES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 RUNNING = (*ENGINES, "extproc", "envoy")
 BUILD_VARIABLES = (
-    *("PYTHON_IMAGE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"),
+    *("PYTHON_IMAGE", "EXTPROC_COMPILE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
 PROJECT_LABEL = "com.docker.compose.project"
@@ -40,6 +40,11 @@ WAIT_S = 60.0
 """Generous: on a shared machine a container takes seconds to start."""
 UP_S = STOP_S = 300.0
 SHORT = {"text": "hello", "sampling_params": {"max_new_tokens": 4}}
+COMPILERS = """
+from importlib.util import find_spec
+from shutil import which
+print([*filter(which, ["cc", "gcc"]), *filter(find_spec, ["mypy", "mypyc", "setuptools"])])
+"""
 
 
 def until(condition, what: str):
@@ -192,6 +197,13 @@ def project(engine, compose, image) -> Iterator[Project]:
         yield project
     finally:
         project.run("down", "--volumes", "--timeout", "10")
+
+
+def test_the_image_is_compiled_and_has_nothing_to_compile_with(engine, image):
+    said = engine.containers.run(image, ["--version"], remove=True).decode()
+    assert ("(compiled)" in said) == (os.environ.get("EXTPROC_COMPILE", "1") == "1")
+    found = engine.containers.run(image, ["-c", COMPILERS], entrypoint="python", remove=True).decode()
+    assert found == "[]\n"
 
 
 def test_each_starts_when_what_it_needs_is_healthy(project):

@@ -44,7 +44,9 @@ def test_the_official_envoy_is_of_the_version_that_the_tests_run():
 
 
 def test_the_images_packages_are_those_of_the_tests():
-    image, tests = locked("requirements.lock"), locked("requirements-dev.lock")
+    tests = locked("requirements-dev.lock")
+    assert locked("requirements-compile.lock").items() <= tests.items()
+    image = locked("requirements.lock")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["envoy"]]
     assert {re.split(r"[<>=\[]", each)[0] for each in wanted} <= image.keys()

@@ -50,6 +50,7 @@ def test_the_sdist_holds_the_repository(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml", "docs/index.md"}
     wanted |= {"tests/unit/test_config.py", "envoy/envoy.yaml", "compose/docker-compose.yaml", "requirements-dev.lock"}
+    wanted |= {"setup.py", "requirements-compile.lock"}
     assert wanted <= names
     assert not [name for name in names if "__pycache__" in name]
 
@@ -66,14 +67,16 @@ def test_metadata_passes_the_index_check(dist: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_command_runs(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the package that it may name is not the installed one
     venv.create(tmp_path)
     bin_folder = tmp_path / "bin"
     pip = [sys.executable, "-m", "pip", "--python", str(bin_folder / "python")]
     install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     # Without its dependencies: neither needs any.
-    for flag, expected in (("--version", f"extproc {extproc.__version__}\n"), ("--help", "usage: extproc")):
+    version = f"extproc {extproc.__version__} (pure Python)\n"
+    for flag, expected in (("--version", version), ("--help", "usage: extproc")):
         printed = subprocess.run(
             [bin_folder / "extproc", flag], capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path
         )
