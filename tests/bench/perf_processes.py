@@ -1,5 +1,6 @@
 """CPU time and memory of processes, by what they run. Linux: /proc."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,14 +39,20 @@ def usage(pids: Iterable[int]) -> Usage:
     """CPU time of the processes by kind."""
     by_kind: dict[str, float] = {}
     for pid in pids:
-        kind = _kind(pid)
-        by_kind[kind] = by_kind.get(kind, 0.0) + _process_s(pid)
+        # A child that has just ended: those that serve requests stay.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            kind = _kind(pid)
+            by_kind[kind] = by_kind.get(kind, 0.0) + _process_s(pid)
     return Usage(by_kind)
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
     """RSS of all together; pages that they share count once for each."""
-    return sum(int((_PROC / str(pid) / "statm").read_text().split()[1]) for pid in pids) * _PAGE_BYTES
+    pages = 0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pages += int((_PROC / str(pid) / "statm").read_text().split()[1])
+    return pages * _PAGE_BYTES
 
 
 def _kind(pid: int) -> str:

@@ -11,7 +11,6 @@ import platform
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -298,7 +297,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "memory": memory,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": f"{platform.python_version()}, {_python_build()}",
+        "python": f"{platform.python_version()} ({platform.python_compiler()})",
         "envoy": _said([str(find_binary()), "--version"], 1).rpartition("version: ")[2],
         "wrk": _said(["wrk", "--version"], 0),
         "load average before": _load_average(),
@@ -324,13 +323,6 @@ def settings(plan: Plan) -> dict[str, Any]:
         "contenders": [f"{c.name}: {c.about}" for c in CONTENDERS if c.name in plan.contenders],
         "when": time.strftime("%Y-%m-%d %H:%M"),
     }
-
-
-def _python_build() -> str:
-    """How the interpreter was optimised, which is a sixth of the service's CPU."""
-    arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    found = [name for name, flag in (("PGO", "--enable-optimizations"), ("LTO", "--with-lto")) if flag in arguments]
-    return f"built with {' and '.join(found)}" if found else "built without PGO and LTO"
 
 
 def _lines(path: str) -> list[str]:
