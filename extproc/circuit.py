@@ -12,6 +12,7 @@ import enum
 import math
 import sys
 from dataclasses import dataclass
+from typing import Final
 
 
 class CircuitState(enum.StrEnum):
@@ -35,7 +36,7 @@ class CircuitLimits:
 CLOSED, OPEN, HALF_OPEN = CircuitState
 """As `model.PREFILL`."""
 
-NO_LIMITS = CircuitLimits(failure_threshold=sys.maxsize, success_threshold=1, timeout_s=0.0, window_s=0.0)
+NO_LIMITS: Final = CircuitLimits(failure_threshold=sys.maxsize, success_threshold=1, timeout_s=0.0, window_s=0.0)
 """A circuit that never opens."""
 
 

@@ -6,11 +6,13 @@ with a `bootstrap_host` of the client's choice). So what is not listed is not pa
 """
 
 from collections.abc import Iterable
+from typing import Final
 
 from extproc.errors import ConfigError, NotServed
-from extproc.request import ENDPOINTS, split_path
+from extproc.parse import split_path
+from extproc.request import ENDPOINTS
 
-READ_METHODS = {"HEAD": "GET"}
+READ_METHODS: Final = {"HEAD": "GET"}
 """Who may GET may as well ask for the headers alone."""
 
 

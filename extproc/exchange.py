@@ -18,6 +18,7 @@ Prefill leg:  EXPECTED ─headers─> SENT ─response─> ANSWERED | COUNTED | 
 
 import enum
 import json
+from typing import Final
 
 from extproc.errors import BadRequest, EngineFailed, NoWorker, Overloaded, PrefillTimeout, RequestError
 from extproc.estimate import Prompt
@@ -60,43 +61,35 @@ from extproc.mutation import (
     response_headers,
 )
 from extproc.number import number
-from extproc.request import (
-    ENDPOINTS,
-    ROUTING_KEY,
-    Endpoint,
-    GenerationRequest,
-    check_length,
-    parse,
-    split_path,
-    unread,
-)
+from extproc.parse import check_length, parse, split_path, unread
+from extproc.request import ENDPOINTS, ROUTING_KEY, Endpoint, GenerationRequest
 from extproc.schedule import Scheduled
 from extproc.trace_context import Trace
 from extproc.usage import counted_tokens, is_readable
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S: Final = 1
 """`retry-after` of a 503, in whole seconds, the header's smallest step: workers are polled at such a pace."""
 
-VERDICT_S = 0.25
+VERDICT_S: Final = 0.25
 """How long after its end an attempt may still be found to have ended badly. Envoy's access log comes within about 10 ms
 (docs/decisions.md); prefill's own answer is under way, too, and on a busy machine late."""
 
-ECHO_S = 1.0
+ECHO_S: Final = 1.0
 """A 500 this soon after a failure of the partner is taken for that one's echo. All requests of a pair that breaks fail
 within milliseconds; a worker that is bad by itself fails in later seconds, too."""
 
-EXTENSION_S = 5.0
+EXTENSION_S: Final = 5.0
 """On top of the prefill time-out, whose own answer comes first."""
 
-HOLD_S = 0.02
+HOLD_S: Final = 0.02
 """How long a decode engine's 5xx waits for prefill's word, so that the client gets a 4xx rather than its echo. When one
 leg of a pair breaks, the other engine answers 500 within about a millisecond (measured on simulated engines), and on a
 busy machine Envoy's two streams are several apart: with 5 ms a 4xx was retried in 1 of 16 cases."""
 
-REASON_S = 1.0
+REASON_S: Final = 1.0
 """How long it then waits for the body of prefill's 4xx, which an engine sends together with its headers."""
 
-READ_HEADERS = (
+READ_HEADERS: Final = (
     ":method",
     ":path",
     ":status",
@@ -111,7 +104,7 @@ READ_HEADERS = (
 """What is looked at in requests and responses, besides what clients may not set. Envoy is told to send nothing else: no
 credentials, and half the headers to decode."""
 
-JSON_CONTENT: Headers = (("content-type", "application/json"),)
+JSON_CONTENT: Final[Headers] = (("content-type", "application/json"),)
 
 
 class RouteState(enum.Enum):
@@ -149,24 +142,24 @@ class PrefillState(enum.Enum):
 
 
 # Tuples: members are found by identity, while an Enum's hash is a call of Python.
-UNANSWERED = (RouteState.DISPATCHED, RouteState.HOLDING, RouteState.WAITING)
+UNANSWERED: Final = (RouteState.DISPATCHED, RouteState.HOLDING, RouteState.WAITING)
 """The client has got nothing yet, so another attempt is possible."""
 
-BEGUN = (RouteState.WAITING, RouteState.RESPONDING, RouteState.UNSURE)
+BEGUN: Final = (RouteState.WAITING, RouteState.RESPONDING, RouteState.UNSURE)
 """Decode has sent headers, so that only the access log knows who breaks off."""
-ANSWERED_WELL = (RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING)
+ANSWERED_WELL: Final = (RouteState.RESPONDING, RouteState.CLOSING, RouteState.WAITING)
 """The client has got something, or is about to."""
-DUE = (PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED)
+DUE: Final = (PrefillState.EXPECTED, PrefillState.SENT, PrefillState.REJECTED)
 """Prefill may still say what the client is to get."""
-ASKED = (PrefillState.EXPECTED, PrefillState.SENT)
+ASKED: Final = (PrefillState.EXPECTED, PrefillState.SENT)
 """It has not answered."""
-ENDING = (PrefillState.CLOSING, PrefillState.OVER)
+ENDING: Final = (PrefillState.CLOSING, PrefillState.OVER)
 
 # What is sent with most requests, made once.
-TAKE_BODY = Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))
-LET_THROUGH = Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))
-PREFILL_GOES_ON = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))
-LINGER = Linger(VERDICT_S)
+TAKE_BODY: Final = Send(Leg.ROUTE, Answer(Phase.REQUEST_HEADERS))
+LET_THROUGH: Final = Send(Leg.ROUTE, Answer(Phase.RESPONSE_HEADERS))
+PREFILL_GOES_ON: Final = Send(Leg.PREFILL, Answer(Phase.RESPONSE_HEADERS))
+LINGER: Final = Linger(VERDICT_S)
 
 
 class ProtocolViolation(Exception):

@@ -3,7 +3,7 @@
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from extproc.config import Config
 from extproc.direct import DirectPaths
@@ -19,7 +19,7 @@ from extproc.trace_context import Begin
 
 Clock = Callable[[], float]
 
-MAX_REMEMBERED_FAILURES = 4096
+MAX_REMEMBERED_FAILURES: Final = 4096
 """Requests whose failed workers are remembered for their next attempt, which comes within milliseconds."""
 
 

@@ -10,33 +10,33 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from extproc.circuit import CLOSED, NO_LIMITS, Circuit, CircuitLimits
 from extproc.model import RankLoad, Role, Worker
 from extproc.values import Thing
 
-LEARN = 0.05
+LEARN: Final = 0.05
 """Weight of the latest of many like figures: about the last 20 count."""
 
-KEEP = 1 - LEARN
+KEEP: Final = 1 - LEARN
 """Weight that is left of what was known."""
 
-LEARN_SPEED = 0.25
+LEARN_SPEED: Final = 0.25
 """The same for a decode rank's speed, which changes with its batch: the last few scrapes count."""
 
-DEFAULT_OUTPUT_TOKENS = 128
+DEFAULT_OUTPUT_TOKENS: Final = 128
 """Output of a prompt while nothing is known of it (SGLang's default `max_new_tokens`)."""
 
-FIRST_LIFETIME_S = 1.0
+FIRST_LIFETIME_S: Final = 1.0
 """A lease's lifetime before there was any, in the order of a short request's."""
 
-MAX_CHANGES = 512
+MAX_CHANGES: Final = 512
 """Changes of a rank's ledger that are kept, those of 256 requests: more than come to a rank between the moment an
 engine takes its figures and their arrival. 8 KB a rank, which stay where they are: in a heap that is full of prompts,
 blocks that grow and shrink leave gaps of ten times that."""
 
-CLOCK_DRIFT = 1e-4
+CLOCK_DRIFT: Final = 1e-4
 """Seconds a second that two hosts' clocks may drift apart; NTP keeps them within 500 ppm, usually far better."""
 
 

@@ -5,17 +5,17 @@ Reads the load table, never writes. `scraped` is the rule of the existing gatewa
 
 from collections.abc import Callable, Sequence
 from math import exp, inf, log
-from typing import Protocol
+from typing import Final, Protocol
 
 from extproc.errors import ConfigError
 from extproc.load import WorkerState
 from extproc.model import PREFILL
 from extproc.values import Value
 
-STALE_WEIGHT = 0.02
+STALE_WEIGHT: Final = 0.02
 """Figures that have faded to this (four request lifetimes) say nothing any more."""
 
-STALE_AGE = -log(STALE_WEIGHT)
+STALE_AGE: Final = -log(STALE_WEIGHT)
 """The same as an age in request lifetimes."""
 
 
@@ -144,7 +144,10 @@ def _corrected(state: WorkerState, ledger: Sequence[float], now_s: float) -> lis
     return loads
 
 
-LOAD_MODELS: dict[str, Callable[[Callable[[], float]], LoadModel]] = {"scraped": lambda _: Scraped(), "live": Live}
+LOAD_MODELS: Final[dict[str, Callable[[Callable[[], float]], LoadModel]]] = {
+    "scraped": lambda _: Scraped(),
+    "live": Live,
+}
 
 
 def make_load_model(name: str, clock: Callable[[], float]) -> LoadModel:

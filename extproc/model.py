@@ -6,7 +6,7 @@ No I/O, no behaviour beyond what the types mean. Nothing here knows Envoy's or S
 import enum
 from dataclasses import dataclass
 
-import msgspec
+from extproc.values import Value
 
 
 class Role(enum.StrEnum):
@@ -49,7 +49,7 @@ class Worker:
         return self.dp_size or 1
 
 
-class RankLoad(msgspec.Struct, frozen=True, gc=False):
+class RankLoad(Value, frozen=True):
     """What an engine reported about one DP rank in one scrape; None where it did not say.
 
     All in tokens or requests. `snapshot_s` is the engine's own clock (Unix seconds) when it took the figures;
@@ -75,7 +75,7 @@ class RankLoad(msgspec.Struct, frozen=True, gc=False):
     snapshot_s: float | None = None
 
 
-class Pick(msgspec.Struct, frozen=True, gc=False):
+class Pick(Value, frozen=True):
     """One leg's destination: the worker, and the DP rank on it."""
 
     worker: Worker
@@ -83,7 +83,7 @@ class Pick(msgspec.Struct, frozen=True, gc=False):
     """The rank to ask the engine for; None: the engine decides (one rank, unknown, or switched off)."""
 
 
-class Placement(msgspec.Struct, frozen=True, gc=False):
+class Placement(Value, frozen=True):
     """Where one attempt of one request goes: both legs and the room they meet in."""
 
     prefill: Pick

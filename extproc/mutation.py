@@ -7,6 +7,7 @@ Field names: SGLang 0.5.23, `GenerateReqInput` and the OpenAI request classes.
 
 import functools
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
@@ -15,36 +16,36 @@ from extproc.model import Pick, Placement
 from extproc.request import GenerationRequest
 from extproc.values import Value
 
-MODE = "x-pd-mode"
+MODE: Final = "x-pd-mode"
 """`pd`: two legs; `direct`: one decode worker, untouched. Envoy's routes match on it. `prefill`: on the prefill leg,
 once the service has answered there, too."""
-ROOM = "x-pd-room"
-PREFILL_ENDPOINT = "x-pd-prefill-endpoint"
-PREFILL_RANK = "x-pd-prefill-rank"
-DECODE_ENDPOINT = "x-pd-decode-endpoint"
-DECODE_RANK = "x-pd-decode-rank"
+ROOM: Final = "x-pd-room"
+PREFILL_ENDPOINT: Final = "x-pd-prefill-endpoint"
+PREFILL_RANK: Final = "x-pd-prefill-rank"
+DECODE_ENDPOINT: Final = "x-pd-decode-endpoint"
+DECODE_RANK: Final = "x-pd-decode-rank"
 """Request headers set by the service; the endpoints are `ip:port`, and Envoy dials what they say."""
 
-PROCESS = "x-pd-process"
+PROCESS: Final = "x-pd-process"
 """Where the service has several processes: which one has placed the request (`process_mark`), as its prefill leg and
 the access log have to come to the same one."""
 
-PREFILL = "x-pd-prefill"
-DECODE = "x-pd-decode"
+PREFILL: Final = "x-pd-prefill"
+DECODE: Final = "x-pd-decode"
 """Response headers, where switched on: `host:port;dp_rank=N` of the picked workers."""
 
-PREFILL_LOADS = "x-pd-prefill-loads"
-DECODE_LOADS = "x-pd-decode-loads"
+PREFILL_LOADS: Final = "x-pd-prefill-loads"
+DECODE_LOADS: Final = "x-pd-decode-loads"
 """Response headers, where switched on: the loads that the pick was made by (`explain.describe`)."""
 
-RETRY = "x-pd-retry"
+RETRY: Final = "x-pd-retry"
 """Response header: this attempt failed before the client got anything. Envoy retries on it, and removes it."""
 
-OVERRIDE = "x-override-"
+OVERRIDE: Final = "x-override-"
 """Prefix of headers that override an engine's body fields, where it allows that."""
 
-RESERVED_PREFIXES = ("x-pd-", OVERRIDE)
-RESERVED_NAMES = frozenset({"x-data-parallel-rank", "x-gateway-destination-endpoint"})
+RESERVED_PREFIXES: Final = ("x-pd-", OVERRIDE)
+RESERVED_NAMES: Final = frozenset({"x-data-parallel-rank", "x-gateway-destination-endpoint"})
 """Headers that steer us, Envoy or an engine: a client may not set them."""
 
 Headers = tuple[tuple[str, str], ...]

@@ -1,6 +1,8 @@
 """Numbers in headers, which anybody may have written."""
 
-MAX_DIGITS = 19
+from typing import Final
+
+MAX_DIGITS: Final = 19
 """As many as 2^63 has; Python takes long for thousands, and refuses more than 4,300 with an error."""
 
 

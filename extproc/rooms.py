@@ -5,11 +5,12 @@ of N uses N consecutive ones; an engine that decides by itself takes the rank `r
 """
 
 import random
+from typing import Final
 
-ROOM_LIMIT = 1 << 63
+ROOM_LIMIT: Final = 1 << 63
 """Rooms are below this (int64 over HTTP)."""
 
-_MAX_GAP = 1 << 10
+_MAX_GAP: Final = 1 << 10
 """Rooms are drawn this far apart at most, so that `room % dp_size` is uniform; 2^53 draws fit before the start comes
 round again."""
 

@@ -6,7 +6,7 @@ asyncio it uses the loop's timers and futures only.
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 from extproc import wire
 from extproc.delays import Delays
@@ -15,10 +15,10 @@ from extproc.exchange import Exchange, refuse_prefill
 from extproc.gateway import Attempt, Gateway
 from extproc.mutation import ROOM
 
-MESSAGE_SLACK_BYTES = 1 << 20
+MESSAGE_SLACK_BYTES: Final = 1 << 20
 """On top of the largest body, for headers and framing."""
 
-ENDED = Ended()
+ENDED: Final = Ended()
 
 
 class Outlet(Protocol):

@@ -6,19 +6,20 @@ Pure, plain data: ids are made and sampling is decided where the tracer is (`tra
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
-TRACEPARENT = "traceparent"
-TRACESTATE = "tracestate"
+TRACEPARENT: Final = "traceparent"
+TRACESTATE: Final = "tracestate"
 
-SAMPLED = 0x01
+SAMPLED: Final = 0x01
 """The one flag of level 1; the others are to be sent as 0."""
-LONGEST = 55
+LONGEST: Final = 55
 """Characters of a `traceparent` of version 00, and of what later versions begin with."""
-MOST_MEMBERS = 32
+MOST_MEMBERS: Final = 32
 """Of a `tracestate`."""
 
-_TRACEPARENT = re.compile("([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
-_MEMBER = re.compile(
+_TRACEPARENT: Final = re.compile("([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_MEMBER: Final = re.compile(
     "(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"  # section 3.3.1.3.1
     r"=[ -+\--<>-~]{0,255}[!-+\--<>-~]"  # printable ASCII but , and =, no blank at the end
 )
@@ -59,7 +60,7 @@ class Trace:
 Begin = Callable[[Mapping[str, str]], Trace]
 """Gives an attempt its place, by the headers of its request."""
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 """What OpenTelemetry's semantic conventions allow as `http.request.method`; a client can send any word."""
 
 

@@ -7,6 +7,7 @@ cost 1-10 us a message (docs/decisions.md). Bytes in, bytes out, so that any tra
 import functools
 import re
 from collections.abc import Iterable
+from typing import Final
 
 from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
@@ -43,13 +44,13 @@ from extproc.events import (
 from extproc.mutation import OVERRIDE, ROOM
 from extproc.number import number
 
-SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
-METHOD = f"/{SERVICE}/Process"
-ACCESS_LOG_SERVICE = "envoy.service.accesslog.v3.AccessLogService"
+SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+METHOD: Final = f"/{SERVICE}/Process"
+ACCESS_LOG_SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
 
-CLIENT_FLAGS = {"downstream_connection_termination": "DC", "downstream_protocol_error": "DPE"}
+CLIENT_FLAGS: Final = {"downstream_connection_termination": "DC", "downstream_protocol_error": "DPE"}
 """Response flags that say that the client broke off; fields of `envoy.data.accesslog.v3.ResponseFlags`."""
-WORKER_FLAGS = {
+WORKER_FLAGS: Final = {
     "upstream_connection_termination": "UC",
     "upstream_remote_reset": "UR",
     "upstream_protocol_error": "UPE",
@@ -59,7 +60,7 @@ WORKER_FLAGS = {
 }
 """Flags that say that the decode worker did, or that Envoy gave it up."""
 
-_STATUS = re.compile("[0-9]{1,3}")
+_STATUS: Final = re.compile("[0-9]{1,3}")
 
 
 class WireError(Exception):
@@ -141,10 +142,10 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
     }
 
 
-_RESPONSE_HEADERS = bytes((ProcessingRequest.DESCRIPTOR.fields_by_name["response_headers"].number << 3 | 2,))
+_RESPONSE_HEADERS: Final = bytes((ProcessingRequest.DESCRIPTOR.fields_by_name["response_headers"].number << 3 | 2,))
 """What a message with response headers begins with; those are much the same for all requests: status, type, length."""
-MAX_KEPT_BYTES = 256
-_decode_kept = functools.lru_cache(maxsize=1024)(_decode)
+MAX_KEPT_BYTES: Final = 256
+_decode_kept: Final = functools.lru_cache(maxsize=1024)(_decode)
 
 
 # Answers are put together by hand, from parts that repeat: a fifth of the time that message objects take.
@@ -156,41 +157,34 @@ def _answer(answer: Answer) -> bytes:
         return _PLAIN[phase]
     if phase in _TRAILERS:
         return _PLAIN[phase]
-    mutation = [
-        _changing_option(name, value) if name in _CHANGING else _option(name, value) for name, value in set_headers
-    ]
+    mutation = [_option(header) for header in set_headers]
     if body is not None:
-        mutation.append(_content_length(len(body)))
+        mutation.append(_option(("content-length", str(len(body)))))
     if answer.remove_headers:
         mutation += [_field(2, name.encode()) for name in answer.remove_headers]
-    # From here on every part is joined once: bodies can be large.
-    common = list[bytes]()
+    before = list[bytes]()
     if body is not None and phase is Phase.REQUEST_HEADERS:
-        common.append(_CONTINUE_AND_REPLACE)
+        before.append(_CONTINUE_AND_REPLACE)
     if mutation:
         changes = b"".join(mutation)
-        common += (b"\x12", _varint(len(changes)), changes)
+        before += (b"\x12", _varint(len(changes)), changes)
     if body is not None:
         size = _varint(len(body))
-        common += (b"\x1a", _varint(1 + len(size) + len(body)), b"\x0a", size, body)
-    if answer.pick_route_again:
-        common.append(_CLEAR_ROUTE_CACHE)
-    inner = sum(map(len, common))
+        before += (b"\x1a", _varint(1 + len(size) + len(body)), b"\x0a", size)
+    # Bodies can be large: joined once.
+    common = b"".join(before), body or b"", _CLEAR_ROUTE_CACHE if answer.pick_route_again else b""
+    inner = len(common[0]) + len(common[1]) + len(common[2])
     size = _varint(inner)
-    parts = [_TAGS[phase], _varint(1 + len(size) + inner), b"\x0a", size, *common]
-    if answer.skip_request_body:
-        parts.append(_SKIP_REQUEST_BODY)
-    if answer.want_response_body:
-        parts.append(_WANT_RESPONSE_BODY)
-    return b"".join(parts)
+    mode = _SKIP_REQUEST_BODY if answer.skip_request_body else _WANT_RESPONSE_BODY if answer.want_response_body else b""
+    return b"".join((_TAGS[phase], _varint(1 + len(size) + inner), b"\x0a", size, *common, mode))
 
 
 def _varint(value: int) -> bytes:
     if value < 0x80:
         return _BYTES[value]
     if value < 0x4000:
-        return bytes((value & 0x7F | 0x80, value >> 7))
-    return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
+        return (value & 0x7F | 0x80 | value >> 7 << 8).to_bytes(2, "little")
+    return (value & 0x7F | 0x80).to_bytes(1, "little") + _varint(value >> 7)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -198,27 +192,32 @@ def _field(number: int, content: bytes) -> bytes:
     return b"".join((_BYTES[number << 3 | 2], _varint(len(content)), content))
 
 
-def _changing_option(name: str, value: str) -> bytes:
+def _option(header: tuple[str, str]) -> bytes:
     """One of HeaderMutation's `set_headers`. `raw_value` only: Envoy rejects a header that sets `value` as well."""
-    header = _field(1, name.encode()) + _field(3, value.encode())
-    return _field(1, _field(1, header) + _OVERWRITE)
+    option = _options.get(header)
+    if option is None:
+        name, value = header
+        content = _field(1, name.encode()) + _field(3, value.encode())
+        option = _field(1, _field(1, content) + _OVERWRITE)
+        if name not in _CHANGING:
+            if len(_options) >= MAX_OPTIONS:
+                _options.clear()
+            _options[header] = option
+    return option
 
 
-@functools.lru_cache(maxsize=4096)
-def _content_length(length: int) -> bytes:
-    return _changing_option("content-length", str(length))
-
-
-_CHANGING = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent"})
+_CHANGING: Final = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent"})
 """Headers with a new value in each answer."""
-_option = functools.lru_cache(maxsize=4096)(_changing_option)
-_BYTES = [bytes((value,)) for value in range(0x80)]
-_OVERWRITE = b"\x18" + _varint(HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
-_CONTINUE_AND_REPLACE = b"\x08" + _varint(CommonResponse.CONTINUE_AND_REPLACE)
-_CLEAR_ROUTE_CACHE = b"\x28\x01"
-_TAGS = {phase: _varint(ProcessingResponse.DESCRIPTOR.fields_by_name[phase].number << 3 | 2) for phase in Phase}
-_TRAILERS = (Phase.REQUEST_TRAILERS, Phase.RESPONSE_TRAILERS)
-_PLAIN_ANSWERS = {phase: Answer(phase) for phase in Phase}
+MAX_OPTIONS: Final = 4096
+_options: Final[dict[tuple[str, str], bytes]] = {}
+"""By header, those that repeat."""
+_BYTES: Final = [bytes((value,)) for value in range(0x80)]
+_OVERWRITE: Final = b"\x18" + _varint(HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
+_CONTINUE_AND_REPLACE: Final = b"\x08" + _varint(CommonResponse.CONTINUE_AND_REPLACE)
+_CLEAR_ROUTE_CACHE: Final = b"\x28\x01"
+_TAGS: Final = {phase: _varint(ProcessingResponse.DESCRIPTOR.fields_by_name[phase].number << 3 | 2) for phase in Phase}
+_TRAILERS: Final = (Phase.REQUEST_TRAILERS, Phase.RESPONSE_TRAILERS)
+_PLAIN_ANSWERS: Final = {phase: Answer(phase) for phase in Phase}
 
 
 def _immediate(immediate: Immediate) -> ProcessingResponse:
@@ -260,10 +259,10 @@ def _override(response_body_mode: ProcessingMode.BodySendMode) -> bytes:
     return data
 
 
-_SKIP_REQUEST_BODY = _override(ProcessingMode.NONE)
-_WANT_RESPONSE_BODY = _override(ProcessingMode.BUFFERED_PARTIAL)
+_SKIP_REQUEST_BODY: Final = _override(ProcessingMode.NONE)
+_WANT_RESPONSE_BODY: Final = _override(ProcessingMode.BUFFERED_PARTIAL)
 """Partial: a body beyond Envoy's buffer (1 MiB) comes cut off and goes on as it is; BUFFERED makes it a 500."""
-_plain_messages = {
+_plain_messages: Final = {
     Phase.REQUEST_HEADERS: ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse())),
     Phase.REQUEST_BODY: ProcessingResponse(request_body=BodyResponse(response=CommonResponse())),
     Phase.REQUEST_TRAILERS: ProcessingResponse(request_trailers=TrailersResponse()),
@@ -271,4 +270,4 @@ _plain_messages = {
     Phase.RESPONSE_BODY: ProcessingResponse(response_body=BodyResponse(response=CommonResponse())),
     Phase.RESPONSE_TRAILERS: ProcessingResponse(response_trailers=TrailersResponse()),
 }
-_PLAIN: dict[Phase, bytes] = {phase: message.SerializeToString() for phase, message in _plain_messages.items()}
+_PLAIN: Final[dict[Phase, bytes]] = {phase: message.SerializeToString() for phase, message in _plain_messages.items()}

@@ -6,7 +6,7 @@ No I/O. Decoding is the `hpack` package's; repeated blocks are looked up, as one
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from hpack import Decoder, HPACKError, OversizedHeaderListError
 from hpack.table import HeaderTable
@@ -16,18 +16,20 @@ Fields = tuple[tuple[bytes, bytes], ...]
 
 Meaning = TypeVar("Meaning")
 
-MAX_CACHED_BLOCKS = 64
-MAX_CACHED_BLOCK_BYTES = 1024
+MAX_CACHED_BLOCKS: Final = 64
+MAX_CACHED_BLOCK_BYTES: Final = 1024
 """With the one above: 64 KiB of keys a connection, and some ten times that for what they decode to."""
 
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 """RFC 9110 5.1 (token), without upper case: RFC 9113 8.2.1."""
-_BAD_VALUE = re.compile(rb"[\x00\r\n]|^[ \t]|[ \t]$")
+_BAD_VALUE: Final = re.compile(rb"[\x00\r\n]|^[ \t]|[ \t]$")
 """RFC 9113 8.2.1."""
-_CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
+_CONNECTION_FIELDS: Final = frozenset(
+    {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
+)
 """RFC 9113 8.2.2."""
-_PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
-_REQUIRED = frozenset({b":method", b":scheme", b":path"})
+_PSEUDO: Final = frozenset({b":method", b":scheme", b":path", b":authority"})
+_REQUIRED: Final = frozenset({b":method", b":scheme", b":path"})
 
 
 class BlockError(Exception):

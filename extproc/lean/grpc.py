@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 from extproc.lean.fields import Fields, encode_block
@@ -28,25 +28,25 @@ from extproc.lean.http2 import (
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = Struct(">BL")
+_PREFIX: Final = Struct(">BL")
 """Compressed flag and length, in front of each message."""
-_prefix = _PREFIX.pack
-_unpack_prefix = _PREFIX.unpack_from
-PREFIX_BYTES = _PREFIX.size
+_prefix: Final = _PREFIX.pack
+_unpack_prefix: Final = _PREFIX.unpack_from
+PREFIX_BYTES: Final = _PREFIX.size
 
-COPIED_BYTES = 1 << 14
+COPIED_BYTES: Final = 1 << 14
 """Messages up to here are put behind their prefix; longer ones are sent apart from it, to save the copy."""
-MAX_TIMEOUT_S = 365 * 24 * 3600.0
+MAX_TIMEOUT_S: Final = 365 * 24 * 3600.0
 """Longer ones are no deadline: clients write "forever" as a very large number."""
-MAX_DETAILS_BYTES = 2048
+MAX_DETAILS_BYTES: Final = 2048
 """Of a status; a client drops trailers beyond its header limit, 8 KiB in most."""
 
-LOW_WATER_BYTES = 1 << 14
+LOW_WATER_BYTES: Final = 1 << 14
 """Queued on a stream, when its writer may go on."""
 
-_UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-_TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])", re.ASCII)
-_NOT_METADATA = frozenset({"te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
+_UNITS_S: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])", re.ASCII)
+_NOT_METADATA: Final = frozenset({"te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
 
 Metadata = Sequence[tuple[str, str | bytes]]
 """Names in lower case; values of names in -bin are bytes."""
@@ -74,11 +74,11 @@ class Status(enum.IntEnum):
     UNAUTHENTICATED = 16
 
 
-_GRPC = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-_HEADERS = encode_block(_GRPC)
-_TRAILERS_OK = encode_block([(b"grpc-status", b"0")])
-_NOT_GRPC = encode_block([(b":status", b"415")])
-_NOT_POST = encode_block([(b":status", b"405"), (b"allow", b"POST")])
+_GRPC: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_HEADERS: Final = encode_block(_GRPC)
+_TRAILERS_OK: Final = encode_block([(b"grpc-status", b"0")])
+_NOT_GRPC: Final = encode_block([(b":status", b"415")])
+_NOT_POST: Final = encode_block([(b":status", b"405"), (b"allow", b"POST")])
 
 
 class Timer(Protocol):
@@ -395,7 +395,8 @@ class GrpcConnection:
         length = len(data)
         stream._uncredited += event.charged_bytes
         if stream._partial is None and length >= PREFIX_BYTES:
-            flag, message_bytes = _unpack_prefix(data)
+            prefix: tuple[int, int] = _unpack_prefix(data)
+            flag, message_bytes = prefix
             if not flag and message_bytes + PREFIX_BYTES == length and message_bytes <= self._max_message_bytes:
                 # One message in one frame: nearly always.
                 try:

@@ -17,20 +17,30 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Generic
+from typing import Any, Final, Generic
 
 from extproc.lean.fields import BlockDecoder, BlockError, Fields, Meaning, TooManyFields, check_trailers
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """3.4"""
 
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+DATA: Final = 0x0
+HEADERS: Final = 0x1
+PRIORITY: Final = 0x2
+RST_STREAM: Final = 0x3
+SETTINGS: Final = 0x4
+PUSH_PROMISE: Final = 0x5
+PING: Final = 0x6
+GOAWAY: Final = 0x7
+WINDOW_UPDATE: Final = 0x8
+CONTINUATION: Final = 0x9
 """Frame types (6)."""
 
-END_STREAM = ACK = 0x1
-END_HEADERS = 0x4
-PADDED = 0x8
-PRIORITISED = 0x20
+END_STREAM: Final = 0x1
+ACK: Final = 0x1
+END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
+PRIORITISED: Final = 0x20
 """Frame flags (6)."""
 
 HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = (
@@ -38,32 +48,32 @@ HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX
 )
 """Settings (6.5.2)."""
 
-DEFAULT_WINDOW_BYTES = (1 << 16) - 1
-MAX_WINDOW_BYTES = (1 << 31) - 1
-MIN_FRAME_BYTES = 1 << 14
-MAX_FRAME_BYTES = (1 << 24) - 1
-MAX_STREAM_ID = (1 << 31) - 1
-HEADER_TABLE_BYTES = 4096
+DEFAULT_WINDOW_BYTES: Final = (1 << 16) - 1
+MAX_WINDOW_BYTES: Final = (1 << 31) - 1
+MIN_FRAME_BYTES: Final = 1 << 14
+MAX_FRAME_BYTES: Final = (1 << 24) - 1
+MAX_STREAM_ID: Final = (1 << 31) - 1
+HEADER_TABLE_BYTES: Final = 4096
 """6.5.2, 6.9.1, 4.1. The dynamic table keeps its default size."""
 
-HEADER_BYTES = 9
+HEADER_BYTES: Final = 9
 
-MAX_BLOCK_FRAMES = 64
+MAX_BLOCK_FRAMES: Final = 64
 """HEADERS and CONTINUATION frames of one block: many more than the largest needs."""
-REMEMBERED = 512
+REMEMBERED: Final = 512
 """Closed streams of which is known how they were closed: this many at least, and up to twice as many."""
-WRITE_BYTES = 1 << 18
+WRITE_BYTES: Final = 1 << 18
 """About as much is handed to the transport at a time; the rest waits in its stream, where it is counted."""
-RESET_WEIGHT = 10
+RESET_WEIGHT: Final = 10
 """A request that is reset before it was answered, in frames that lead nowhere: it costs about as much more."""
-DRAIN_PING = b"draining"
+DRAIN_PING: Final = b"draining"
 
-_HEADER = Struct(">HBBBL")
-_SETTING = Struct(">HL")
-_U32 = Struct(">L")
-_header = _HEADER.pack
-_unpack_header = _HEADER.unpack_from
-_unpack_u32 = _U32.unpack_from
+_HEADER: Final = Struct(">HBBBL")
+_SETTING: Final = Struct(">HL")
+_U32: Final = Struct(">L")
+_header: Final = _HEADER.pack
+_unpack_header: Final = _HEADER.unpack_from
+_unpack_u32: Final = _U32.unpack_from
 
 
 class Code(enum.IntEnum):
@@ -107,10 +117,11 @@ class Limits:
     once (`RESET_WEIGHT`). A few µs each, so a flood costs some per cent of a core and then its connection."""
 
 
-# Events. Not frozen, as that makes each dearer by half a microsecond.
+# Events. Not frozen, as that makes each dearer by half a microsecond. Those that are many have their own `__init__`:
+# one that `dataclass` makes is not compiled.
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class RequestReceived:
     """A stream was opened."""
 
@@ -120,8 +131,13 @@ class RequestReceived:
     ended: bool
     """Nothing else will come on the stream."""
 
+    def __init__(self, stream_id: int, request: Any, ended: bool) -> None:
+        self.stream_id = stream_id
+        self.request = request
+        self.ended = ended
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, init=False)
 class DataReceived:
     """Part of the request's body."""
 
@@ -130,6 +146,12 @@ class DataReceived:
     charged_bytes: int
     """What it counts for flow control: to be given back with `credit` when it is no longer held."""
     ended: bool
+
+    def __init__(self, stream_id: int, data: bytes, charged_bytes: int, ended: bool) -> None:
+        self.stream_id = stream_id
+        self.data = data
+        self.charged_bytes = charged_bytes
+        self.ended = ended
 
 
 @dataclass(slots=True)
@@ -140,13 +162,18 @@ class TrailersReceived:
     fields: Fields
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class StreamReset:
     """A stream is over before its time: by the peer, or here because of what it sent."""
 
     stream_id: int
     code: int
     by_peer: bool
+
+    def __init__(self, stream_id: int, code: int, by_peer: bool) -> None:
+        self.stream_id = stream_id
+        self.code = code
+        self.by_peer = by_peer
 
 
 @dataclass(slots=True)
@@ -342,7 +369,9 @@ class Connection(Generic[Meaning]):
             offset = len(PREFACE)
         max_frame_bytes = self.limits.max_frame_bytes
         while size - offset >= HEADER_BYTES:
-            high, low, kind, flags, stream_id = _unpack_header(data, offset)
+            # Named with its type: numbers of any type are objects in what is compiled.
+            header: tuple[int, int, int, int, int] = _unpack_header(data, offset)
+            high, low, kind, flags, stream_id = header
             length = high << 8 | low
             if length > max_frame_bytes:
                 raise _ConnectionFault(Code.FRAME_SIZE_ERROR, "frame above SETTINGS_MAX_FRAME_SIZE")
@@ -821,7 +850,7 @@ def _unpad(data: bytes) -> bytes:
     return data[1:end]
 
 
-_RECEIVE = (
+_RECEIVE: Final = (
     Connection._data,
     Connection._headers,
     Connection._priority,

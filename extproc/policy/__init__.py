@@ -1,6 +1,7 @@
 """Policies by name: which worker of a role, and which DP rank on it. One file a policy; no I/O."""
 
 from collections.abc import Callable
+from typing import Final
 
 from extproc.errors import ConfigError
 from extproc.policy.base import Choice, PolicyContext, RankPolicy, WorkerPolicy
@@ -28,7 +29,7 @@ __all__ = [
     "make_worker_policy",
 ]
 
-WORKER_POLICIES: dict[str, Callable[[PolicyContext], WorkerPolicy]] = {
+WORKER_POLICIES: Final[dict[str, Callable[[PolicyContext], WorkerPolicy]]] = {
     "random": RandomChoice,
     "round_robin": lambda _: RoundRobin(),
     "power_of_two": PowerOfTwo,
@@ -40,7 +41,7 @@ WORKER_POLICIES: dict[str, Callable[[PolicyContext], WorkerPolicy]] = {
     "bucket": Bucket,
 }
 
-RANK_POLICIES: dict[str, Callable[[PolicyContext], RankPolicy]] = {
+RANK_POLICIES: Final[dict[str, Callable[[PolicyContext], RankPolicy]]] = {
     "minimum_tokens": MinimumTokens,
     "round_robin": lambda _: RankRoundRobin(),
     "bootstrap_room": lambda _: BootstrapRoom(),

@@ -11,13 +11,14 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Final
 
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.policy.fleet import Fleet
 from extproc.request import GenerationRequest
 
-MAX_LENGTHS = 4096
+MAX_LENGTHS: Final = 4096
 """Lengths that boundaries are computed from, the last ones of an interval: 0.5 ms of sorting each time."""
 
 

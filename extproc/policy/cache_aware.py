@@ -12,6 +12,7 @@ rank).
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Final
 
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
@@ -19,7 +20,7 @@ from extproc.policy.fleet import Fleet
 from extproc.policy.prefix_tree import BLOCK_BYTES, MAX_PREFIX_BYTES, Holder, PrefixTree
 from extproc.request import GenerationRequest
 
-SWEEP_NODES = 32
+SWEEP_NODES: Final = 32
 """Nodes looked at with each request while text of workers that left is dropped: some 20 us."""
 
 

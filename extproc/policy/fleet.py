@@ -8,21 +8,22 @@ a changed set of them.
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Final
 
 from extproc.load import WorkerState
 from extproc.policy.base import PolicyContext
 
-COMPARE_ALL = 8
-SAMPLE = 4
+COMPARE_ALL: Final = 8
+SAMPLE: Final = 4
 """Up to 8 workers are all compared, of more a random 4. With d draws the longest queue is about ln ln n / ln d above
 the mean (Mitzenmacher 2001, "The Power of Two Choices in Randomized Load Balancing"): each further one wins less, and
 costs as much as the last."""
 
-PICKS_PER_REFRESH = 1 / 32
+PICKS_PER_REFRESH: Final = 1 / 32
 """The mean is taken anew after this many picks a worker: it then is at most 3 % of a request a worker behind."""
 
-SPILL_FLOOR_REQUESTS = 4.0
-SPILL_DEVIATIONS = 2.0
+SPILL_FLOOR_REQUESTS: Final = 4.0
+SPILL_DEVIATIONS: Final = 2.0
 """The absolute margin of `over_balance` is at most two standard deviations (sqrt(mean): arrivals are Poisson) and never
 below four requests, so that few workers with little traffic spill at all (smg 1.13, `--balance-abs-threshold`)."""
 

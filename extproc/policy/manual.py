@@ -10,17 +10,17 @@ goes to the least loaded worker, and the key stays where it is.
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from extproc.load import WorkerState
 from extproc.policy.base import Choice, PolicyContext, WorkerPolicy
 from extproc.policy.fleet import Fleet
 from extproc.request import GenerationRequest
 
-MAX_KEYS = 1 << 17
+MAX_KEYS: Final = 1 << 17
 """Keys remembered, the longest unused of more are forgotten. About 400 bytes each, 52 MB in all."""
 
-MAX_WORKERS = 2
+MAX_WORKERS: Final = 2
 """Workers remembered for a key (the gateway's `MAX_CANDIDATE_WORKERS`)."""
 
 

@@ -9,31 +9,31 @@ Model Programs", 2024).
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-BLOCK_BYTES = 64
+BLOCK_BYTES: Final = 64
 """Prefixes are known to this granularity: about 16 tokens, as the block of smg 1.13's `--block-size`. Less of a
 common prefix than that is not seen, and at the end of a match up to that much is missed."""
 
-MAX_PREFIX_BYTES = 1 << 20
+MAX_PREFIX_BYTES: Final = 1 << 20
 """What is looked at of a prompt, about 256,000 tokens: what is equal so far is not worth computing elsewhere."""
 
-MAX_HOLDERS = 64
+MAX_HOLDERS: Final = 64
 """Holders remembered for each piece of text, the most recent. A system prompt ends up on every worker: that nobody
 needs to know, as any of these is as good."""
 
-NODE_BYTES = 350
-HOLDER_BYTES = 88
-CHILDREN_BYTES = 300
+NODE_BYTES: Final = 350
+HOLDER_BYTES: Final = 88
+CHILDREN_BYTES: Final = 300
 """What a node takes beside its text, each of its holders, and the dict of a node that has children, on CPython 3.11
 (measured; see `test_policy_prefix_tree`)."""
 
-SLACK = 8
+SLACK: Final = 8
 """An eighth of the text comes on top: texts of all lengths come and go, and leave gaps that nothing fits. Measured as
 RSS over what is in use: 1.00 with texts of one length, 1.09 with lengths spread by a factor of 3."""
 
 
-SHELVES = 256
+SHELVES: Final = 256
 """Dicts that share the root's children, by the hash of their first block: one for all 135,000 would take 5 ms each
 time it is rebuilt, and leave gaps of megabytes."""
 

@@ -4,10 +4,11 @@ Source: SGLang's `--load-balance-method round_robin`, which a DP controller does
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from extproc.load import WorkerState
 
-MAX_WORKERS = 1 << 13
+MAX_WORKERS: Final = 1 << 13
 """Counts kept. Workers that left are never reported here, so at this many all start again, which changes nothing but
 the next rank."""
 

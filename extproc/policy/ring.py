@@ -10,21 +10,22 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator
 from hashlib import blake2b
+from typing import Final
 
 from extproc.load import WorkerState
 from extproc.policy.fleet import Fleet
 
-DIGEST_BYTES = 64
-DIGESTS = 20
+DIGEST_BYTES: Final = 64
+DIGESTS: Final = 20
 """A name: one digest yields 8 points."""
-POINTS = DIGESTS * DIGEST_BYTES // 8
+POINTS: Final = DIGESTS * DIGEST_BYTES // 8
 """Points of a worker on the ring."""
 
-MAX_STEPS = 16
+MAX_STEPS: Final = 16
 """Workers that `bounded` tries. At most 1 in 1.25 can be above 1.25 times the mean, so 16 in a row are so in 3 % of the
 walks at worst, and in practice never."""
 
-_unpack = struct.Struct(f">{DIGEST_BYTES // 8}Q").unpack
+_unpack: Final = struct.Struct(f">{DIGEST_BYTES // 8}Q").unpack
 
 
 def key_point(key: bytes) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import socket
 from pathlib import Path
 
@@ -10,14 +9,12 @@ from grpc_health.v1 import health_pb2
 
 from extproc import unix_socket, wire
 from extproc.errors import ConfigError
-from extproc.exchange import ProtocolViolation
 from extproc.lean.coroutines import EOF, Context
-from extproc.lean.grpc import Status, Stream
+from extproc.lean.grpc import Status
 from extproc.lean.server import BUFFERED_BYTES, Server
 from extproc.service import MESSAGE_SLACK_BYTES, ExternalProcessor
 from extproc.tls import ServerCertificates
-
-logger = logging.getLogger(__name__)
+from extproc.transport.lean_streams import AccessLogs, Streams
 
 HEALTH = "/grpc.health.v1.Health"
 BACKLOG = 1024
@@ -33,8 +30,8 @@ class LeanTransport:
         limit = max_payload_bytes + MESSAGE_SLACK_BYTES
         self._certificates = certificates
         self._server = Server(max_message_bytes=limit, max_buffered_bytes=max(BUFFERED_BYTES, 2 * limit))
-        self._server.add(wire.METHOD, _Streams(processor))
-        self._server.add(f"/{wire.ACCESS_LOG_SERVICE}/StreamAccessLogs", _AccessLogs(processor))
+        self._server.add(wire.METHOD, Streams(processor))
+        self._server.add(f"/{wire.ACCESS_LOG_SERVICE}/StreamAccessLogs", AccessLogs(processor))
         self._health = _Health()
         self._server.add_coroutine(f"{HEALTH}/Check", self._health.check)
         self._server.add_coroutine(f"{HEALTH}/Watch", self._health.watch)
@@ -80,70 +77,6 @@ class LeanTransport:
         if self._closing:
             await self._closing
         self._bound.close()
-
-
-class _Streams:
-    """Receives ext_proc streams."""
-
-    def __init__(self, processor: ExternalProcessor) -> None:
-        self._processor = processor
-
-    def on_open(self, stream: Stream) -> None:
-        """One begins."""
-        stream.state = self._processor.opened(stream.metadata, stream)
-
-    def on_message(self, stream: Stream, message: bytes) -> None:
-        """A message of Envoy's."""
-        try:
-            useful = self._processor.received(stream.state, message)
-        except (wire.WireError, ProtocolViolation) as error:
-            logger.warning("%s", error)
-            self._end(stream, Status.INVALID_ARGUMENT, str(error))
-        except Exception:
-            logger.exception("a bug; the request is given up")
-            self._end(stream, Status.INTERNAL)
-        else:
-            if not useful:
-                self._end(stream, Status.OK)
-
-    def on_end(self, stream: Stream) -> None:
-        """Envoy has said all it wants to."""
-        self._end(stream, Status.OK)
-
-    def on_reset(self, stream: Stream) -> None:
-        """The HTTP request is over."""
-        # A stream and its call know each other; parted, both are freed at once and not by the garbage collector.
-        call, stream.state = stream.state, None
-        self._processor.ended(call)
-
-    def _end(self, stream: Stream, status: Status, details: str = "") -> None:
-        stream.finish(status, details)
-        self.on_reset(stream)
-
-
-class _AccessLogs:
-    """Receives the access logs of an Envoy's threads."""
-
-    def __init__(self, processor: ExternalProcessor) -> None:
-        self._processor = processor
-
-    def on_open(self, stream: Stream) -> None:
-        """A thread of an Envoy has something to log."""
-
-    def on_message(self, stream: Stream, message: bytes) -> None:
-        """Some requests that broke off."""
-        try:
-            self._processor.logged(message)
-        except wire.WireError as error:
-            logger.warning("access log: %s", error)
-            stream.finish(Status.INVALID_ARGUMENT, str(error))
-
-    def on_end(self, stream: Stream) -> None:
-        """No more will come."""
-        stream.finish()
-
-    def on_reset(self, stream: Stream) -> None:
-        """The Envoy is gone."""
 
 
 class _Health:

@@ -25,7 +25,8 @@ from perf_processes import resident_bytes, usage
 from extproc.child_process import tied_to_parent
 from extproc.config import Config
 from extproc.demo.stack import HOST, StackError, free_port
-from extproc.request import Endpoint, parse
+from extproc.parse import parse
+from extproc.request import Endpoint
 
 SETTLE_S = 3.0
 """After all workers are healthy: first scrapes are spread over a second."""

@@ -17,8 +17,9 @@ from extproc.config import Config, build
 from extproc.load import LoadTable
 from extproc.model import RankLoad, Role
 from extproc.mutation import mutate
+from extproc.parse import parse
 from extproc.policy import WORKER_POLICIES
-from extproc.request import Endpoint, GenerationRequest, parse
+from extproc.request import Endpoint, GenerationRequest
 from extproc.schedule import Scheduled, Scheduler
 
 Result = TypeVar("Result")

@@ -19,7 +19,8 @@ from extproc.envoy_process import EnvoyProcess
 from extproc.events import Answer, Phase
 from extproc.model import Pick, Placement, Role, Worker
 from extproc.mutation import MODE, mutate, request_headers
-from extproc.request import Endpoint, parse
+from extproc.parse import parse
+from extproc.request import Endpoint
 from extproc.service import Outlet
 from extproc.transport import TRANSPORTS
 

@@ -17,7 +17,8 @@ from fuzz_target import Target
 from extproc.errors import RequestError
 from extproc.model import Pick, Placement, Role, Worker
 from extproc.mutation import mutate
-from extproc.request import ROUTING_FIELDS, Endpoint, GenerationRequest, parse
+from extproc.parse import parse
+from extproc.request import ROUTING_FIELDS, Endpoint, GenerationRequest
 
 ENDPOINTS = tuple(Endpoint)
 

@@ -18,7 +18,7 @@ from extproc.load import LoadTable
 from extproc.model import Role, Worker
 from extproc.schedule import Scheduler
 from extproc.service import ExternalProcessor
-from extproc.transport.over_lean import _Streams
+from extproc.transport.lean_streams import Streams
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 WORKERS = [
@@ -51,7 +51,7 @@ class Side:
         self.finished = list[Finished]()
         self.processor = ExternalProcessor(self.gateway, self.finished.append)
         self.grpc = GrpcConnection(
-            {METHOD: _Streams(self.processor)},
+            {METHOD: Streams(self.processor)},
             limits=Limits(),
             max_message_bytes=1 << 20,
             max_buffered_bytes=1 << 24,

@@ -30,8 +30,9 @@ pytestmark = [
 SOURCES = ("extproc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TESTS = (
     *("test_exchange", "test_mutation", "test_wire", "test_schedule", "test_load", "test_load_model", "test_circuit"),
-    *("test_delays", "test_rooms", "test_trace_context", "test_explain", "test_policies", "test_policy_cache_aware"),
-    *("test_policy_manual", "test_policy_prefix_tree", "test_policy_ring", "test_policy_scenarios"),
+    *("test_delays", "test_rooms", "test_trace_context", "test_explain", "test_request", "test_estimate"),
+    *("test_policies", "test_policy_cache_aware", "test_policy_manual", "test_policy_prefix_tree"),
+    *("test_policy_ring", "test_policy_scenarios"),
 )
 TIMEOUT_S = 600
 """Of the build (some 40 s) and of the tests, on a busy machine."""

@@ -20,7 +20,8 @@ from extproc.estimate import (
     Prompt,
     TokenEstimator,
 )
-from extproc.request import Endpoint, parse
+from extproc.parse import parse
+from extproc.request import Endpoint
 
 CHAT, GENERATE = Endpoint.CHAT, Endpoint.GENERATE
 

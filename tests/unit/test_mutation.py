@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from extproc.model import Pick, Placement, Role, Worker
 from extproc.mutation import mutate, request_headers, reserved, response_headers, splice
-from extproc.request import ROUTING_FIELDS, Endpoint, parse
+from extproc.parse import parse
+from extproc.request import ROUTING_FIELDS, Endpoint
 
 PREFILL = Worker("p:1", Role.PREFILL, "http://p:1", "10.0.0.1:1", "p.example", 8998, 4)
 DECODE = Worker("d:2", Role.DECODE, "http://d:2", "10.0.0.2:2", dp_size=2)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from extproc.errors import BadRequest, BodyTooLarge, RequestError, UnknownModel
 from extproc.estimate import BYTES_PER_TOKEN
-from extproc.request import MAX_DEPTH, ROUTING_FIELDS, Endpoint, check_length, parse, split_path
+from extproc.parse import MAX_DEPTH, check_length, parse, split_path
+from extproc.request import ROUTING_FIELDS, Endpoint
 
 
 @pytest.mark.parametrize(

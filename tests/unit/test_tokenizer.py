@@ -6,7 +6,8 @@ import pytest
 
 from extproc.errors import ConfigError
 from extproc.estimate import MAX_COUNT_BYTES, TokenEstimator
-from extproc.request import MESSAGE_TOKENS, Endpoint, parse
+from extproc.parse import MESSAGE_TOKENS, parse
+from extproc.request import Endpoint
 from extproc.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [tokenizer]")
