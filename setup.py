@@ -25,7 +25,6 @@ COMPILED = (
     "lean/http2.py",
     "load.py",
     "load_model.py",
-    "model.py",
     "mutation.py",
     "number.py",
     "parse.py",
@@ -37,8 +36,8 @@ COMPILED = (
     "transport/lean_streams.py",
     "wire.py",
 )
-"""What a request goes through. Together, as calls between them are then calls in C. Not: modules of `msgspec.Struct`s
-(a compiled class statement knows no keywords and no annotations), of coroutines, and those that wait for others' code.
+"""What a request goes through. Together, as calls between them are then calls in C. Not: modules with structs that msgspec
+decodes (a compiled class has no annotations), those of coroutines, and those that wait for others' code.
 """
 
 extensions = []

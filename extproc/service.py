@@ -6,7 +6,7 @@ asyncio it uses the loop's timers and futures only.
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from extproc import wire
 from extproc.delays import Delays
@@ -26,6 +26,22 @@ class Outlet(Protocol):
 
     def write(self, message: bytes, /) -> object:
         """Send a message, in the order of the calls; one for a stream that has ended is dropped. Never blocks."""
+
+
+class Processor(Protocol):
+    """What a transport calls; a call is the processor's own affair."""
+
+    def opened(self, metadata: Iterable[tuple[str, str | bytes]], outlet: Outlet, /) -> Any:
+        """A stream was opened, with the gRPC metadata of its call; returns the call."""
+
+    def received(self, call: Any, data: bytes, /) -> bool:
+        """A message came. False: the stream is of no use any more. Raises WireError and ProtocolViolation."""
+
+    def ended(self, call: Any, /) -> None:
+        """The stream is over. The last that is said of a call."""
+
+    def logged(self, data: bytes, /) -> None:
+        """A message of an Envoy's access log came. Raises WireError."""
 
 
 class Call:

@@ -81,14 +81,15 @@ def _decode(data: bytes) -> Event:
         raise WireError(f"not a ProcessingRequest: {error}") from None
     match message.WhichOneof("request"):
         case "request_headers":
-            return RequestHeaders(_headers(message.request_headers), message.request_headers.end_of_stream)
+            headers = message.request_headers
+            return RequestHeaders(_headers(headers), headers.end_of_stream)
         case "request_body":
             return RequestBody(message.request_body.body)
         case "response_headers":
-            headers = _headers(message.response_headers)
-            if not _STATUS.fullmatch(headers.get(":status", "0")):
+            response = ResponseHeaders(_headers(message.response_headers))
+            if not _STATUS.fullmatch(response.headers.get(":status", "0")):
                 raise WireError("the :status of a response is no number")
-            return ResponseHeaders(headers)
+            return response
         case "response_body":
             return ResponseBody(message.response_body.body)
         case "request_trailers":
@@ -136,10 +137,13 @@ def _duration(seconds: float) -> Duration:
 
 def _headers(message: HttpHeaders) -> dict[str, str]:
     """Names to values; of a repeated name, the first value. Envoy fills `raw_value`, older ones `value`."""
-    # Backwards, so that the first of a name is the last to be set.
-    return {
-        header.key: header.raw_value.decode("latin-1") or header.value for header in reversed(message.headers.headers)
-    }
+    headers = dict[str, str]()
+    for header in message.headers.headers:
+        name: str = header.key
+        if name not in headers:
+            raw: bytes = header.raw_value
+            headers[name] = raw.decode("latin-1") or header.value
+    return headers
 
 
 _RESPONSE_HEADERS: Final = bytes((ProcessingRequest.DESCRIPTOR.fields_by_name["response_headers"].number << 3 | 2,))

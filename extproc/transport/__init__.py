@@ -7,7 +7,7 @@ out. Both pass the same contract tests.
 from collections.abc import Callable
 from typing import Protocol
 
-from extproc.service import ExternalProcessor
+from extproc.service import Processor
 from extproc.tls import ServerCertificates
 from extproc.transport.over_grpcio import GrpcioTransport
 from extproc.transport.over_lean import LeanTransport
@@ -34,7 +34,7 @@ class Transport(Protocol):
         """End every stream that is still open."""
 
 
-TRANSPORTS: dict[str, Callable[[ExternalProcessor, int, ServerCertificates | None], Transport]] = {
+TRANSPORTS: dict[str, Callable[[Processor, int, ServerCertificates | None], Transport]] = {
     "lean": LeanTransport,
     "grpcio": GrpcioTransport,
 }

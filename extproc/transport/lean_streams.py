@@ -5,7 +5,7 @@ import logging
 from extproc import wire
 from extproc.exchange import ProtocolViolation
 from extproc.lean.grpc import Status, Stream
-from extproc.service import ExternalProcessor
+from extproc.service import Processor
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class Streams:
     """Receives ext_proc streams."""
 
-    def __init__(self, processor: ExternalProcessor) -> None:
+    def __init__(self, processor: Processor) -> None:
         self._processor = processor
 
     def on_open(self, stream: Stream) -> None:
@@ -52,7 +52,7 @@ class Streams:
 class AccessLogs:
     """Receives the access logs of an Envoy's threads."""
 
-    def __init__(self, processor: ExternalProcessor) -> None:
+    def __init__(self, processor: Processor) -> None:
         self._processor = processor
 
     def on_open(self, stream: Stream) -> None:

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from extproc import unix_socket, wire
 from extproc.errors import ConfigError
 from extproc.exchange import ProtocolViolation
-from extproc.service import MESSAGE_SLACK_BYTES, ExternalProcessor
+from extproc.service import MESSAGE_SLACK_BYTES, Processor
 from extproc.tls import ServerCertificates
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ class Context(Protocol):
 class GrpcioTransport:
     """Serves the processor, the access log and health checks."""
 
-    def __init__(
-        self, processor: ExternalProcessor, max_payload_bytes: int, certificates: ServerCertificates | None
-    ) -> None:
+    def __init__(self, processor: Processor, max_payload_bytes: int, certificates: ServerCertificates | None) -> None:
         self._processor = processor
         self._certificates = certificates
         self._health = health.aio.HealthServicer()

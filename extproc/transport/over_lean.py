@@ -12,7 +12,7 @@ from extproc.errors import ConfigError
 from extproc.lean.coroutines import EOF, Context
 from extproc.lean.grpc import Status
 from extproc.lean.server import BUFFERED_BYTES, Server
-from extproc.service import MESSAGE_SLACK_BYTES, ExternalProcessor
+from extproc.service import MESSAGE_SLACK_BYTES, Processor
 from extproc.tls import ServerCertificates
 from extproc.transport.lean_streams import AccessLogs, Streams
 
@@ -24,9 +24,7 @@ BACKLOG = 1024
 class LeanTransport:
     """Serves the processor, the access log and health checks."""
 
-    def __init__(
-        self, processor: ExternalProcessor, max_payload_bytes: int, certificates: ServerCertificates | None
-    ) -> None:
+    def __init__(self, processor: Processor, max_payload_bytes: int, certificates: ServerCertificates | None) -> None:
         limit = max_payload_bytes + MESSAGE_SLACK_BYTES
         self._certificates = certificates
         self._server = Server(max_message_bytes=limit, max_buffered_bytes=max(BUFFERED_BYTES, 2 * limit))

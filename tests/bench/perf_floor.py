@@ -32,7 +32,7 @@ METHOD = b":method"
 
 
 class NoOp:
-    """Has the methods of `ExternalProcessor` that a transport calls. A stream's call is its outlet."""
+    """A `Processor`. A stream's call is its outlet."""
 
     def __init__(self, prefill: Worker, decode: Worker) -> None:
         self._placement = Placement(Pick(prefill, 0), Pick(decode, 0), ROOM)
@@ -120,7 +120,7 @@ async def serve(config: Config, transport_name: str) -> None:
         next(worker for worker in config.workers() if worker.role is role) for role in (Role.PREFILL, Role.DECODE)
     )
     with tempfile.TemporaryDirectory(prefix="floor-") as directory:
-        transport = TRANSPORTS[transport_name](NoOp(prefill, decode), config.max_payload_size, None)  # type: ignore[arg-type]
+        transport = TRANSPORTS[transport_name](NoOp(prefill, decode), config.max_payload_size, None)
         target = await transport.listen(f"unix:{directory}/ext_proc.sock")
         bootstrap = envoy_config.bootstrap(config, admin="127.0.0.1:0", grpc_target=target)
         async with EnvoyProcess(envoy_config.to_yaml(bootstrap)):
