@@ -36,8 +36,8 @@ COMPILED = (
     "transport/lean_streams.py",
     "wire.py",
 )
-"""What a request goes through. Together, as calls between them are then calls in C. Not: modules with structs that msgspec
-decodes (a compiled class has no annotations), those of coroutines, and those that wait for others' code.
+"""What a request goes through. Together, as calls between them are then calls in C. Not: modules with structs that
+msgspec decodes (a compiled class has no annotations), those of coroutines, and those that wait for others' code.
 """
 
 extensions = []
