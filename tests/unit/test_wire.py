@@ -232,3 +232,9 @@ def test_an_answer_made_by_hand_is_what_an_independent_reader_reads(answer):
     assert common.clear_route_cache is answer.pick_route_again
     wants = answer.skip_request_body or answer.want_response_body
     assert (read.mode_override is not None) is wants
+
+
+def test_headers_that_never_repeat_do_not_pile_up():
+    for number in range(2 * wire.MAX_OPTIONS):
+        wire.encode(Answer(Phase.REQUEST_HEADERS, set_headers=(("x-pd-decode-endpoint", f"10.0.0.1:{number}"),)))
+    assert len(wire._options) <= wire.MAX_OPTIONS
