@@ -59,6 +59,11 @@ queues as designed. Admission is the service's decision."""
 
 _HTTP1 = HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions())
 
+SERVICE_BUFFER_BYTES = (1 << 32) - 1
+"""What may wait on a connection to the service before Envoy holds its streams back: the most that can be said, as Envoy
+crashes when it does so to a stream of a cluster's filter (docs/decisions.md). Nothing is lost by it: a body is in
+memory before, and goes in one message. `envoy_max_heap_bytes` bounds all of them."""
+
 KEEPALIVE = TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=10)
 """A peer that vanished without a FIN is noticed after a minute, also in the middle of a long prefill."""
 
@@ -156,6 +161,7 @@ def _service_cluster(config: Config, name: str, targets: Sequence[str], secrets:
         type=ClusterDiscoveryType.STRICT_DNS if by_name else ClusterDiscoveryType.STATIC,
         dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED if by_name else ClusterDnsLookupFamily.AUTO,
         connect_timeout=timedelta(seconds=SERVICE_CONNECT_TIMEOUT_S),
+        per_connection_buffer_limit_bytes=SERVICE_BUFFER_BYTES,
         circuit_breakers=no_circuit_breaker(),
         upstream_connection_options=UpstreamConnectionOptions(tcp_keepalive=KEEPALIVE),
         transport_socket=transport_socket(config, target_host(target), secrets) if uses_tls(config, target) else None,

@@ -135,6 +135,9 @@ decode/common_http_protocol_options
     and then meets one that is just closing.
 max_stream_duration
     Frees what an engine that neither reads nor answers would hold forever: prefill's time-out and 5 s.
+extproc/per_connection_buffer_limit_bytes
+    Never reached. Above it (1 MiB by default, a few prompts) Envoy holds the streams back, and crashes when one of them
+    is of a cluster's filter (extproc.prefill).
 extproc
     No active health check: a refused connection fails open at once, and a check that a busy service answers late would
     turn every request away.

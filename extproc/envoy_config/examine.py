@@ -12,6 +12,7 @@ from betterproto2 import Casing
 
 from extproc.config import Config, target_of
 from extproc.envoy_config.addresses import default_target
+from extproc.envoy_config.clusters import SERVICE_BUFFER_BYTES
 from extproc.envoy_config.names import MODE_PREFILL
 from extproc.envoy_config.routing import MESSAGE_TIMEOUT_S, prefill_filter, route_filter
 from extproc.envoy_config.running import HttpListener, PrefillCluster, RunningEnvoy, seconds
@@ -50,7 +51,7 @@ LACKS: tuple[tuple[tuple[int, ...], str], ...] = (
 
 ROUTE_TIMEOUT_S = 15.0
 STREAM_IDLE_TIMEOUT_S = 300.0
-LISTENER_BUFFER_BYTES = 1 << 20
+LISTENER_BUFFER_BYTES = CLUSTER_BUFFER_BYTES = 1 << 20
 """Envoy's defaults."""
 
 MODES = {
@@ -384,6 +385,13 @@ def _service(envoy: RunningEnvoy, cluster: str, targets: list[str]) -> Iterator[
         )
     if not hosts:
         yield _problem(f"cluster {cluster}: {addresses[0]} is not resolved", "look at the name, and at DNS")
+    held = int(envoy.clusters[cluster].get("per_connection_buffer_limit_bytes", CLUSTER_BUFFER_BYTES))
+    if held < SERVICE_BUFFER_BYTES:
+        yield _problem(
+            f"cluster {cluster}: NOT SAFE: Envoy can crash when {held:,} bytes wait for the service, which are a few "
+            "long prompts at once",
+            f"set `per_connection_buffer_limit_bytes: {SERVICE_BUFFER_BYTES}` in the cluster",
+        )
     for host in hosts:
         stats = {stat["name"]: int(stat.get("value", 0)) for stat in host.get("stats", [])}
         failed, active = stats.get("cx_connect_fail", 0), stats.get("cx_active", 0)

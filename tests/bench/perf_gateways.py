@@ -119,6 +119,7 @@ class Gateway:
     port: int
     pid: int | None
     """Of the process whose children are the rest of it; None: there is none."""
+    log: Path | None = None
 
     @property
     def name(self) -> str:
@@ -164,7 +165,7 @@ def running(contender: Contender, engines: Engines, directory: Path, compiled: P
         )
     try:
         _wait_until_it_answers(contender, process, port, log)
-        yield Gateway(contender, port, process.pid)
+        yield Gateway(contender, port, process.pid, log)
     finally:
         end(process, STOP_S)
 
@@ -246,6 +247,11 @@ def _address(host: str, port: int) -> dict[str, object]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
+def last_lines(log: Path) -> str:
+    """What a gateway said last."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
 def _wait_until_it_answers(contender: Contender, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline_s = time.monotonic() + START_S
     request = {"model": MODEL, "messages": [{"role": "user", "content": "ready?"}], "max_tokens": 1}
@@ -255,6 +261,5 @@ def _wait_until_it_answers(contender: Contender, process: subprocess.Popen[bytes
             if answer.status_code == 200:
                 return
         if process.poll() is not None or time.monotonic() > deadline_s:
-            said = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise StackError(f"{contender.name} let nothing through. Last lines of its log:\n{said}")
+            raise StackError(f"{contender.name} let nothing through. Last lines of its log:\n{last_lines(log)}")
         time.sleep(POLL_S)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf_engines import MODEL, Engines
-from perf_gateways import CHAT, Gateway
+from perf_gateways import CHAT, Gateway, last_lines
 from perf_native import Tools
 from perf_processes import Usage, usage
 
@@ -116,7 +116,11 @@ def measure(rig: Rig, gateway: Gateway, cell: Cell, *, seconds: float, seed: int
     command = _open(rig, gateway, cell, seconds, seed) if cell.rate else _closed(rig, gateway, cell, seconds)
     engines = rig.engines
     before, engines_before = gateway.usage(), _engines(engines)
-    told, generator_s = _run(command, seconds)
+    try:
+        told, generator_s = _run(command, seconds)
+    except StackError as error:
+        said = f" Last lines of its log:\n{last_lines(gateway.log)}" if gateway.log else ""
+        raise StackError(f"{gateway.name}, {cell.name}: {error}{said}") from None
     used, engines_used = gateway.usage().since(before), _engines(engines).since(engines_before)
     requests = int(told["answered"] if cell.rate else told["requests"])
     thousands = max(requests, 1) / 1000

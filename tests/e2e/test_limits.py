@@ -66,6 +66,28 @@ def connect(stack: Stack) -> socket.socket:
     return socket.create_connection((HOST, int(stack.url.rpartition(":")[2])), PATIENCE_S)
 
 
+# -- bodies ---------------------------------------------------------------------------------------------------------
+
+MANY = 64
+"""More than a connection to the service holds by default (1 MiB), together."""
+
+
+def test_many_long_prompts_at_once():
+    """Envoy crashed where it held back the streams of prefill's filter, as `per_connection_buffer_limit_bytes` says."""
+    prompt = {"text": "x" * (1 << 16), "sampling_params": {"max_new_tokens": 2}}
+
+    async def statuses(url: str) -> list[int]:
+        limits = httpx.Limits(max_connections=MANY)
+        async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits) as client:
+            answers = [client.post(url + "/generate", json=prompt) for _ in range(MANY)]
+            return [answer.status_code for answer in await asyncio.gather(*answers)]
+
+    with Stack(prefill=2, decode=2, engine_flags=["--time-scale", "1000"]) as roomy:
+        for _ in range(3):
+            assert asyncio.run(statuses(roomy.url)) == [200] * MANY
+        until(lambda: nothing_charged(roomy), "nothing charged")
+
+
 # -- headers --------------------------------------------------------------------------------------------------------
 
 OWN_HEADERS = 2

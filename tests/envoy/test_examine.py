@@ -181,6 +181,11 @@ def with_prefill_elsewhere(tree: Json) -> None:
     cluster["original_dst_lb_config"]["http_header_name"] = "x-pd-decode-endpoint"
 
 
+def with_little_room_for_the_service(tree: Json) -> None:
+    cluster = next(part for part in tree["static_resources"]["clusters"] if part["name"] == "extproc")
+    del cluster["per_connection_buffer_limit_bytes"]
+
+
 WRONG: dict[str, tuple[Callable[[Json], object], str]] = {
     "no prefill filter": (without_its_prefill_filter, "nothing asks the service about the prefill leg"),
     "no route filter": (lambda t: manager(t, "il_pd")["http_filters"].pop(0), "asks the service about the route leg"),
@@ -202,6 +207,10 @@ WRONG: dict[str, tuple[Callable[[Json], object], str]] = {
     ),
     "prefill elsewhere": (with_prefill_elsewhere, "prefill: it does not dial x-pd-prefill-endpoint"),
     "impatient with prefill": (impatient_with_prefill, "ends a prefill after 60 s"),
+    "little room for the service": (
+        with_little_room_for_the_service,
+        "extproc: NOT SAFE: Envoy can crash when 1,048,576 bytes wait for the service",
+    ),
     "default timeout": (lambda t: action(t, "public").pop("timeout"), "ends requests after 15 s (timeout)"),
     "default idle timeout": (
         lambda t: (action(t, "public").pop("idle_timeout"), manager(t, "public").pop("stream_idle_timeout")),
