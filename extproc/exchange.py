@@ -226,7 +226,7 @@ class Exchange:
         """Take one event of the route stream."""
         state = self.route_state
         try:
-            # In the order of a request that goes well. By `type`: of a match on both, each case takes a call.
+            # In the order of a request that goes well. No `match` on both: compiled, each of its cases is a call.
             if type(event) is RequestHeaders and state is RouteState.NEW:
                 return self._request(event)
             if type(event) is RequestBody and state is RouteState.BODY:

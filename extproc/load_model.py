@@ -98,7 +98,7 @@ class Live:
         """How long a request would wait on each worker, in seconds; in tokens while no speed is known."""
         drains = []
         usual = 0.0
-        for index, state in enumerate(states):  # zip is a third dearer, compiled
+        for index, state in enumerate(states):  # compiled, `zip` with `strict` takes as long as the rest
             loads = tokens[index]
             least_s = 0.0
             if 0.0 not in loads:  # else it is 0 whatever the speed

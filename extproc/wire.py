@@ -175,7 +175,7 @@ def _answer(answer: Answer) -> bytes:
     if body is not None:
         size = _varint(len(body))
         before += (b"\x1a", _varint(1 + len(size) + len(body)), b"\x0a", size)
-    # Bodies can be large: joined once.
+    # From here on every part is joined once: bodies can be large.
     common = b"".join(before), body or b"", _CLEAR_ROUTE_CACHE if answer.pick_route_again else b""
     inner = len(common[0]) + len(common[1]) + len(common[2])
     size = _varint(inner)
@@ -210,8 +210,8 @@ def _option(header: tuple[str, str]) -> bytes:
     return option
 
 
-_CHANGING: Final = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent"})
-"""Headers with a new value in each answer."""
+_CHANGING: Final = frozenset({ROOM, f"{OVERRIDE}bootstrap-room", "traceparent", "content-length"})
+"""Headers that seldom have a value a second time."""
 MAX_OPTIONS: Final = 4096
 _options: Final[dict[tuple[str, str], bytes]] = {}
 """By header, those that repeat."""
